@@ -1,0 +1,94 @@
+"""Draw 24 fixed prompts with the bundled model and let the bundled CLIP name the pictures.
+
+    python examples/check_emoji.py --out grid.png
+
+For each picture CLIP picks the nearest of 50 captions: the 24 prompts and 26 others. Printed are
+the pictures whose own prompt was picked, and those whose thing was (whatever the scene).
+"""
+
+import argparse
+import random
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+
+from emoji_data import TRAINED, split_names  # noqa: E402
+
+import textinv  # noqa: E402
+from models.clip import preprocess  # noqa: E402
+
+PROMPTS = """
+a photo of an apple on a blue background
+a photo of a banana on the beach
+a painting of a rose on the grass
+a sketch of a house in the snow
+pixel art of a heart on a black background
+a photo of a pumpkin at night
+a photo of a penguin in the snow
+a photo of a fish under water
+a black and white photo of a skull on a white background
+a photo of a strawberry on a wooden table
+a painting of a sunflower on a blue background
+a photo of a rocket on the moon
+a sketch of a butterfly on a white background
+a photo of a cactus on a yellow background
+pixel art of a star at night
+a photo of a panda on the grass
+a photo of a basketball on a green background
+a photo of a hamburger on a wooden table
+a painting of a sailboat on the beach
+a photo of a snowman on fire
+a black and white photo of a car on the moon
+a photo of an avocado on a pink background
+a photo of a crab on the beach
+pixel art of a ghost on a purple background
+""".strip().splitlines()
+
+
+def other_captions(count: int) -> list[str]:
+    """Captions of trained things that no prompt names, in the prompts' scenes."""
+    names = [name for text in TRAINED.values() for name in split_names(text)]
+    free = [n for n in names if not any(n in prompt.split() for prompt in PROMPTS)]
+    draw = random.Random(0)
+    scenes = [prompt.partition(" of ")[::2] for prompt in PROMPTS]
+    captions = []
+    for name in draw.sample(free, count):
+        medium, rest = draw.choice(scenes)
+        captions.append(f"{medium} of a {name} {rest.split(' ', 2)[2]}")
+    return captions
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", default="grid.png")
+    parser.add_argument("--guidance", type=float)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    model = textinv.load_model()
+    images = textinv.sample(
+        model, PROMPTS, steps=args.steps, guidance_scale=args.guidance, seed=args.seed
+    )
+    textinv.grid([i.resize((128, 128)) for i in images], columns=8).save(args.out)
+
+    clip, tokenizer = textinv.load_clip(), model.tokenizer
+    captions = PROMPTS + other_captions(26)
+    ids = torch.tensor([tokenizer.pad(tokenizer.encode(c)) for c in captions])
+    with torch.no_grad():
+        text = F.normalize(clip.encode_text(ids, tokenizer.end_id), dim=-1)
+        pixels = preprocess(images, clip.config.vision.image_size)
+        nearest = (F.normalize(clip.encode_image(pixels), dim=-1) @ text.T).argmax(1)
+    for i, best in enumerate(nearest):
+        if best != i:
+            print(f"{PROMPTS[i]!r} looks like {captions[best]!r}")
+    hits = (nearest == torch.arange(len(PROMPTS))).sum().item()
+    print(f"{hits} of {len(PROMPTS)} pictures are nearest to their own caption of {len(captions)}")
+
+
+if __name__ == "__main__":
+    main()

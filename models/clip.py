@@ -1,0 +1,211 @@
+"""CLIP (Radford et al. 2021): the text tower that conditions Stable Diffusion, and the image tower
+that the paper's evaluation measures with (section 5.1).
+
+Modules carry the key names of the `transformers` layout, which Stable Diffusion 1 files have too;
+OpenAI's and open_clip's names are translated in checkpoint.py.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from .layers import attention
+
+# Mean and standard deviation per channel of the pictures that OpenAI's CLIP was trained on.
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass
+class TowerConfig:
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    quick_gelu: bool = True  # OpenAI's CLIP; open_clip's ViT-H (SD 2) has the exact GELU
+
+
+@dataclass
+class TextConfig(TowerConfig):
+    vocab_size: int = 49408
+    max_length: int = 77
+
+
+@dataclass
+class VisionConfig(TowerConfig):
+    image_size: int = 224
+    patch_size: int = 32
+
+
+@dataclass
+class CLIPConfig:
+    text: TextConfig = field(default_factory=lambda: TextConfig(width=512, heads=8))
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    width: int = 512  # of the space that both towers project into
+
+
+class Attention(nn.Module):
+    def __init__(self, config: TowerConfig):
+        super().__init__()
+        self.heads = config.heads
+        self.q_proj = nn.Linear(config.width, config.width)
+        self.k_proj = nn.Linear(config.width, config.width)
+        self.v_proj = nn.Linear(config.width, config.width)
+        self.out_proj = nn.Linear(config.width, config.width)
+
+    def forward(self, x: Tensor, causal: bool) -> Tensor:
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return self.out_proj(attention(q, k, v, self.heads, causal))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: TowerConfig):
+        super().__init__()
+        self.quick_gelu = config.quick_gelu
+        self.fc1 = nn.Linear(config.width, 4 * config.width)
+        self.fc2 = nn.Linear(4 * config.width, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.fc1(x)
+        # Trap: OpenAI's CLIP approximates GELU by a sigmoid; the two are 5 % apart in the end.
+        return self.fc2(h * torch.sigmoid(1.702 * h) if self.quick_gelu else F.gelu(h))
+
+
+class EncoderLayer(nn.Module):
+    def __init__(self, config: TowerConfig):
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.layer_norm1 = nn.LayerNorm(config.width)
+        self.mlp = MLP(config)
+        self.layer_norm2 = nn.LayerNorm(config.width)
+
+    def forward(self, x: Tensor, causal: bool) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), causal)
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: TowerConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.layers))
+
+    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, causal)
+        return x
+
+
+class TextEmbeddings(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
+        self.position_embedding = nn.Embedding(config.max_length, config.width)
+
+
+class TextModel(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.embeddings = TextEmbeddings(config)
+        self.encoder = Encoder(config)
+        self.final_layer_norm = nn.LayerNorm(config.width)
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """Features (B, L, D) from token embeddings (B, L, D): causal, no padding mask."""
+        x = embeddings + self.embeddings.position_embedding.weight[: embeddings.shape[1]]
+        return self.final_layer_norm(self.encoder(x, causal=True))
+
+
+class CLIPTextEncoder(nn.Module):
+    """The text encoder of Stable Diffusion 1 (CLIP-L) and 2 (open_clip ViT-H).
+
+    SD 2 takes the penultimate layer's output through the final norm. Its last layer is therefore
+    never built: `config.layers` is 23 of 24, and all families take the last output.
+    """
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.config = config
+        self.text_model = TextModel(config)
+
+    @property
+    def token_table(self) -> Tensor:
+        """The frozen embeddings (vocab_size, D) that words are looked up in."""
+        return self.text_model.embeddings.token_embedding.weight
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """Context (B, L, D) from token embeddings (B, L, D), L at most `max_length`."""
+        return self.text_model(embeddings)
+
+
+class VisionEmbeddings(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.class_embedding = nn.Parameter(torch.zeros(config.width))
+        patch = config.patch_size
+        self.patch_embedding = nn.Conv2d(3, config.width, patch, stride=patch, bias=False)
+        positions = (config.image_size // patch) ** 2 + 1
+        self.position_embedding = nn.Embedding(positions, config.width)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
+        first = self.class_embedding.expand(pixels.shape[0], 1, -1)
+        return torch.cat([first, patches], dim=1) + self.position_embedding.weight
+
+
+class VisionModel(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.embeddings = VisionEmbeddings(config)
+        self.pre_layrnorm = nn.LayerNorm(config.width)  # spelt so in every published file
+        self.encoder = Encoder(config)
+        self.post_layernorm = nn.LayerNorm(config.width)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Features (B, D) of the class token."""
+        x = self.encoder(self.pre_layrnorm(self.embeddings(pixels)))
+        return self.post_layernorm(x[:, 0])
+
+
+class CLIP(nn.Module):
+    def __init__(self, config: CLIPConfig):
+        super().__init__()
+        self.config = config
+        self.text_model = TextModel(config.text)
+        self.vision_model = VisionModel(config.vision)
+        self.text_projection = nn.Linear(config.text.width, config.width, bias=False)
+        self.visual_projection = nn.Linear(config.vision.width, config.width, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(2.6592))  # log(1 / 0.07)
+
+    def encode_text(self, ids: Tensor, end_id: int) -> Tensor:
+        """Unnormalised features (B, width) of token ids (B, L).
+
+        They are read at the first `end_id`. Trap: reading at the largest id, as OpenAI's code
+        does, picks a placeholder's id once there is one.
+        """
+        features = self.text_model(self.text_model.embeddings.token_embedding(ids))
+        end = (ids == end_id).int().argmax(dim=1)
+        return self.text_projection(features[torch.arange(len(ids)), end])
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Unnormalised features (B, width) of pictures that `preprocess` prepared."""
+        return self.visual_projection(self.vision_model(pixels))
+
+
+def preprocess(images: Sequence[Image.Image], size: int) -> Tensor:
+    """Pictures as CLIP sees them, (B, 3, size, size): bicubic resize of the shorter side, centre
+    crop, normalisation."""
+    rows = []
+    for image in images:
+        image = image.convert("RGB")
+        w, h = image.size
+        short = min(w, h)
+        image = image.resize((size * w // short, size * h // short), Image.Resampling.BICUBIC)
+        left, top = round((image.width - size) / 2), round((image.height - size) / 2)
+        rows.append(np.asarray(image.crop((left, top, left + size, top + size))))
+    pixels = torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).float() / 255
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (MEAN, STD))
+    return (pixels - mean) / std

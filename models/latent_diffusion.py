@@ -1,0 +1,153 @@
+"""The model a user holds: text encoder, UNet, autoencoder and noise schedule in one object.
+
+It is the latent diffusion model of the paper's section 3: E and D are the autoencoder, c_theta
+the text encoder, eps_theta the UNet. Everything is frozen. The one thing that textual inversion
+adds happens in `embed`: ids that are not in the vocabulary are looked up in learnt vectors.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .autoencoder import Autoencoder
+from .bert import BertTextEncoder
+from .clip import CLIPTextEncoder
+from .schedule import Schedule
+from .tokenizers import Placeholders, Tokenizer
+from .unet import UNet
+
+SCALE_FACTOR = 0.18215  # LDM and Stable Diffusion: makes the latents' variance about 1
+
+
+class Word(Protocol):
+    """What `encode_text` needs of a concept."""
+
+    placeholder: str
+    vectors: Tensor  # (V, D)
+
+
+@dataclass
+class LatentDiffusion:
+    unet: UNet
+    autoencoder: Autoencoder
+    text_encoder: BertTextEncoder | CLIPTextEncoder
+    tokenizer: Tokenizer
+    schedule: Schedule
+    family: str  # "ldm", "sd1" or "sd2"
+    name: str = ""  # of the file or folder; "emoji" for the bundled model, an LDM
+    size: int = 512  # side of the square pictures it was trained on, pixels
+    fingerprint: str = ""  # tells base models apart, whatever precision they are stored in
+
+    def __post_init__(self):
+        for module in (self.unet, self.autoencoder, self.text_encoder):
+            module.requires_grad_(False).eval()
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.out[2].weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the UNet and the autoencoder; the text encoder always computes in float32."""
+        return self.unet.out[2].weight.dtype
+
+    @property
+    def parameters(self) -> int:
+        modules = (self.unet, self.autoencoder, self.text_encoder)
+        return sum(p.numel() for m in modules for p in m.parameters())
+
+    def __str__(self) -> str:
+        precision = str(self.dtype).removeprefix("torch.")
+        return (
+            f"{self.name}: {self.family}, {self.parameters / 1e6:,.0f}M parameters, "
+            f"{self.schedule.prediction}-prediction, {precision} on {self.device}"
+        )
+
+    # ---------------------------------------------------------------------------------- text
+
+    def placeholders(self, concepts: Sequence[Word]) -> Placeholders:
+        """Each placeholder with the ids of its vectors: consecutive, from `vocab_size` on."""
+        ids: dict[str, range] = {}
+        first = self.tokenizer.vocab_size
+        for concept in concepts:
+            ids[concept.placeholder] = range(first, first + len(concept.vectors))
+            first += len(concept.vectors)
+        return ids
+
+    def embed(self, ids: Tensor, vectors: Tensor | None) -> Tensor:
+        """Token embeddings (B, L, D) of ids (B, L): here v* enters (paper, figure 2).
+
+        Ids from `vocab_size` on are looked up in `vectors` (V, D), in order; the others in the
+        frozen table.
+        """
+        table = self.text_encoder.token_table
+        if vectors is None:
+            return F.embedding(ids, table)
+        new = ids >= self.tokenizer.vocab_size
+        frozen = F.embedding(ids.masked_fill(new, 0), table)
+        learnt = vectors[(ids - self.tokenizer.vocab_size).clamp(min=0)]
+        return torch.where(new[..., None], learnt, frozen)
+
+    def encode_text(self, prompts: Sequence[str], concepts: Sequence[Word] = ()) -> Tensor:
+        """Context (B, L, D), float32, of prompts that may hold the concepts' placeholders.
+
+        Differentiable with respect to the concepts' vectors. What does not fit into L tokens is
+        cut off.
+        """
+        placeholders = self.placeholders(concepts)
+        tokens = [self.tokenizer.pad(self.tokenizer.encode(p, placeholders)) for p in prompts]
+        ids = torch.tensor(tokens, device=self.device)
+        vectors = None
+        if concepts:
+            vectors = torch.cat([c.vectors.to(self.device, torch.float32) for c in concepts])
+        return self.text_encoder(self.embed(ids, vectors))
+
+    # -------------------------------------------------------------------------------- images
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of pictures of `size` (width, height) pixels."""
+        factor = self.autoencoder.config.factor
+        unit = factor * 2 ** (len(self.unet.config.widths) - 1)
+        if any(s < unit or s % unit for s in size):
+            raise ValueError(
+                f"size {size[0]}x{size[1]} does not fit this model; "
+                f"width and height must be multiples of {unit}"
+            )
+        return self.unet.config.channels, size[1] // factor, size[0] // factor
+
+    @torch.no_grad()
+    def encode_moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (B, C, h, w), scaled, float32, of images (B, 3, H, W) in
+        [-1, 1]. mean + std * noise is a sample of the latents z ~ E(x)."""
+        moments = self.autoencoder.encode(images.to(self.device, self.dtype))
+        mean, std = (m.float() * SCALE_FACTOR for m in moments)
+        return mean, std
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Latents (B, C, h, w), scaled, float32, of images (B, 3, H, W) in [-1, 1]: the mean."""
+        return self.encode_moments(images)[0]
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1], float32, of scaled latents (B, C, h, w)."""
+        z = latents.to(self.device, torch.float32) / SCALE_FACTOR
+        return self.autoencoder.decode(z.to(self.dtype)).float().clamp(-1, 1)
+
+    # ------------------------------------------------------------------------------ guidance
+
+    def guided(
+        self, x_t: Tensor, t: Tensor, context: Tensor, uncond: Tensor, guidance_scale: float
+    ) -> Tensor:
+        """Classifier-free guidance (Ho & Salimans 2021): the prediction, pushed away from the
+        one for `uncond`, the empty prompt. Scale 1 is no guidance; both halves run as one batch.
+        """
+        if guidance_scale == 1:
+            return self.unet(x_t, t, context).float()
+        both = torch.cat([uncond.expand_as(context), context])
+        prediction = self.unet(torch.cat([x_t, x_t]), torch.cat([t, t]), both).float()
+        without, with_text = prediction.chunk(2)
+        return without + guidance_scale * (with_text - without)

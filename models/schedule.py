@@ -1,0 +1,157 @@
+"""The noise schedule, and what follows from it: noising, targets, DDPM and DDIM steps.
+
+[1] Ho et al. 2020, "Denoising Diffusion Probabilistic Models" (DDPM)
+[2] Song et al. 2021, "Denoising Diffusion Implicit Models" (DDIM)
+[3] Salimans & Ho 2022, "Progressive Distillation" (v-prediction)
+
+Steps are plain functions of tensors; who loops over them keeps the state.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+Predict = Callable[[Tensor, Tensor], Tensor]  # (x_t, t (B,)) -> prediction of x_t's shape
+
+
+class Schedule:
+    """Betas that rise linearly in their square root, over `length` timesteps.
+
+    `prediction` says what the UNet returns: "eps", the noise [1], or "v" [3].
+    `alphas_cumprod` (length,) is a_t, the share of signal variance left at timestep t: float64 on
+    the CPU, where every coefficient is computed before it meets a picture in float32.
+    """
+
+    def __init__(
+        self,
+        beta_start: float,
+        beta_end: float,
+        prediction: str = "eps",
+        length: int = 1000,
+    ):
+        if prediction not in ("eps", "v"):
+            raise ValueError(f"prediction type {prediction!r} is not known; use 'eps' or 'v'")
+        self.prediction = prediction
+        self.length = length
+        self.betas = torch.linspace(
+            beta_start**0.5, beta_end**0.5, length, dtype=torch.float64
+        ).square()
+        self.alphas_cumprod = torch.cumprod(1 - self.betas, dim=0)
+
+    def a(self, t: Tensor | int, like: Tensor) -> Tensor:
+        """a_t for timesteps t (B,) or a number, float64, shaped to multiply `like` (B, ...).
+
+        Before the first timestep (t < 0) nothing is noised: a_t is 1.
+        """
+        t = torch.as_tensor(t).cpu()
+        a = torch.where(t < 0, 1.0, self.alphas_cumprod[t.clamp(min=0)])
+        return a.reshape(-1, *[1] * (like.ndim - 1)).to(like.device)
+
+    def q_sample(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """A sample of q(x_t | x_0) [1, eq. 4]: x_0 (B, ...) noised to timesteps t (B,)."""
+        a = self.a(t, x_0)
+        return a.sqrt().to(x_0.dtype) * x_0 + (1 - a).sqrt().to(x_0.dtype) * noise
+
+    def target(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """What the UNet should return for q_sample(x_0, t, noise)."""
+        if self.prediction == "eps":
+            return noise
+        a = self.a(t, x_0)
+        return a.sqrt().to(x_0.dtype) * noise - (1 - a).sqrt().to(x_0.dtype) * x_0
+
+    def x_0_and_eps(self, x_t: Tensor, t: Tensor | int, prediction: Tensor):
+        """The clean picture and the noise that the UNet's prediction stands for, (x_0, eps)."""
+        a = self.a(t, x_t)
+        signal, sigma = a.sqrt().to(x_t.dtype), (1 - a).sqrt().to(x_t.dtype)
+        if self.prediction == "eps":
+            return (x_t - sigma * prediction) / signal, prediction
+        return signal * x_t - sigma * prediction, signal * prediction + sigma * x_t
+
+    def ddpm_step(
+        self,
+        x_t: Tensor,
+        t: int,
+        prediction: Tensor,
+        noise: Tensor,
+        t_prev: int | None = None,
+        clip: bool = False,
+    ) -> Tensor:
+        """A sample of p(x_{t_prev} | x_t) [1, eq. 6 and 7], with the smaller of its two variances.
+
+        `t_prev` is t - 1 unless given. `clip` clamps the predicted x_0 to [-1, 1], for models
+        that work on pixels. No noise is added at t = 0.
+        """
+        t_prev = t - 1 if t_prev is None else t_prev
+        a_t, a_prev = self.a(t, x_t), self.a(t_prev, x_t)
+        alpha = a_t / a_prev  # of the one step from t_prev to t
+        x_0, _ = self.x_0_and_eps(x_t, t, prediction)
+        x_0 = x_0.clamp(-1, 1) if clip else x_0
+        mean = (a_prev.sqrt() * (1 - alpha) / (1 - a_t)).to(x_t.dtype) * x_0
+        mean = mean + (alpha.sqrt() * (1 - a_prev) / (1 - a_t)).to(x_t.dtype) * x_t
+        variance = (1 - a_prev) / (1 - a_t) * (1 - alpha)
+        return mean + variance.sqrt().to(x_t.dtype) * noise if t > 0 else mean
+
+    def ddim_step(
+        self,
+        x_t: Tensor,
+        t: int,
+        t_prev: int,
+        prediction: Tensor,
+        eta: float = 0.0,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """x at `t_prev` from x at `t` [2, eq. 12]. eta 0 draws no noise, eta 1 as much as DDPM.
+
+        With eta 0 the step may also go up (t_prev > t), which is DDIM inversion.
+        """
+        a_t, a_prev = self.a(t, x_t), self.a(t_prev, x_t)
+        x_0, eps = self.x_0_and_eps(x_t, t, prediction)
+        variance = torch.zeros_like(a_t)
+        if eta:
+            variance = eta**2 * (1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)
+        x = a_prev.sqrt().to(x_t.dtype) * x_0
+        x = x + (1 - a_prev - variance).sqrt().to(x_t.dtype) * eps
+        return x + variance.sqrt().to(x_t.dtype) * noise if eta else x
+
+    def ddim_timesteps(self, steps: int) -> list[int]:
+        """`steps` evenly spaced timesteps, falling: 981, 961, ..., 21, 1 for 50 steps.
+
+        Trap: they start at 1, not at 0, as in the paper's sampler.
+        """
+        if not 1 <= steps <= self.length:
+            raise ValueError(f"steps {steps} is out of range; use 1 to {self.length}")
+        stride = self.length // steps
+        first = min(1, self.length - 1 - stride * (steps - 1))  # 0 only if 1 would overrun
+        return [first + stride * i for i in reversed(range(steps))]
+
+    def ddim_sample(
+        self,
+        predict: Predict,
+        x: Tensor,
+        steps: int,
+        eta: float = 0.0,
+        draw: Callable[[], Tensor] | None = None,
+    ) -> Iterator[Tensor]:
+        """DDIM from x (B, ...) at the first timestep down to a clean one; yields every state.
+
+        `draw` returns standard noise of x's shape and is called once a step where eta is not 0.
+        Trap: the last step ends at a_0, the first entry of `alphas_cumprod`, not at 1.
+        """
+        times = self.ddim_timesteps(steps)
+        for t, t_prev in zip(times, times[1:] + [0]):
+            prediction = predict(x, torch.full((x.shape[0],), t, device=x.device))
+            x = self.ddim_step(x, t, t_prev, prediction, eta, draw() if eta else None)
+            yield x
+
+    def ddim_invert(self, predict: Predict, x: Tensor, steps: int) -> Iterator[Tensor]:
+        """DDIM run backwards, from a clean x (B, ...) up to its noise x_T; yields every state.
+
+        The UNet is asked at the timestep that the step goes to (Mokady et al. 2022 and diffusers'
+        inverse scheduler do the same).
+        """
+        times = self.ddim_timesteps(steps)[::-1]
+        for t_from, t in zip([0] + times[:-1], times):
+            prediction = predict(x, torch.full((x.shape[0],), t, device=x.device))
+            x = self.ddim_step(x, t_from, t, prediction)
+            yield x

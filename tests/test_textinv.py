@@ -1,0 +1,213 @@
+"""The method itself, on the bundled model: real training and sampling, few steps."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import textinv
+
+ROOT = Path(__file__).resolve().parent.parent
+MUSHROOM = ROOT / "examples" / "concepts" / "mushroom"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return textinv.load_model(device="cpu", dtype=torch.float32)
+
+
+def fixed_loss(model, concept, images, init_word):
+    """The loss with the same pictures, timesteps and noise for every word."""
+    latents = model.encode_images(textinv.prepare_images(images, model.size)).repeat(4, 1, 1, 1)
+    generator = torch.Generator().manual_seed(123)
+    noise = torch.randn(latents.shape, generator=generator)
+    t = torch.linspace(50, 950, len(latents)).long()
+    prompts = [f"a photo of a {concept.placeholder if concept else init_word}"] * len(latents)
+    concepts = [concept] if concept else []
+    with torch.no_grad():
+        return textinv.diffusion_loss(model, latents, prompts, concepts, t, noise).item()
+
+
+def test_templates_are_the_papers():
+    assert len(textinv.OBJECT_TEMPLATES) == len(set(textinv.OBJECT_TEMPLATES)) == 27
+    assert all(t.count("{}") == 1 for kind in textinv.TEMPLATES.values() for t in kind)
+
+
+def test_init_words_vector_encodes_exactly_like_the_word(model):
+    vectors = textinv.initial_vectors(model, "apple", 1)
+    concept = textinv.Concept("<thing>", vectors)
+    with_word = model.encode_text(["a photo of an apple on the beach"])
+    with_concept = model.encode_text(["a photo of an <thing> on the beach"], [concept])
+    assert torch.equal(with_word, with_concept)
+
+
+def test_phrases_fill_average_or_repeat(model):
+    table = model.text_encoder.token_table
+    red, apple = (table[model.tokenizer.words(w)[0]] for w in ("red", "apple"))
+    torch.testing.assert_close(
+        textinv.initial_vectors(model, "red apple", 1), ((red + apple) / 2)[None]
+    )
+    torch.testing.assert_close(
+        textinv.initial_vectors(model, "red apple", 3), torch.stack([red, apple, red])
+    )
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_only_the_vectors_get_gradients_and_each_one_does(model, count):
+    states = textinv.train(model, MUSHROOM, "plant", vectors=count, steps=1, batch_size=4)
+    start = textinv.initial_vectors(model, "plant", count)
+    concept = next(iter(states)).concept
+    assert concept.vectors.shape == start.shape
+    assert (concept.vectors.grad.abs().sum(dim=1) > 0).all()
+    assert ((concept.vectors.detach() - start).abs().sum(dim=1) > 0).all()
+    for module in (model.unet, model.autoencoder, model.text_encoder):
+        assert all(p.grad is None and not p.requires_grad for p in module.parameters())
+
+
+def test_loss_on_fixed_noise_falls(model):
+    before = fixed_loss(model, None, MUSHROOM, "plant")
+    concept = textinv.invert(model, MUSHROOM, "plant", steps=60, placeholder="<m>")
+    assert fixed_loss(model, concept, MUSHROOM, "plant") < before - 0.001
+
+
+def test_same_seed_same_word_and_global_state_untouched(model):
+    state = torch.random.get_rng_state()
+    a, b, c = (
+        textinv.invert(model, MUSHROOM, "plant", steps=2, batch_size=2, seed=s) for s in (1, 1, 2)
+    )
+    assert torch.equal(a.vectors, b.vectors) and not torch.equal(a.vectors, c.vectors)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_gradient_checkpointing_gives_the_same_word(model):
+    a, b = (
+        textinv.invert(model, MUSHROOM, "plant", steps=2, batch_size=2, gradient_checkpointing=g)
+        for g in (False, True)
+    )
+    torch.testing.assert_close(a.vectors, b.vectors, rtol=0, atol=1e-5)
+    assert not model.unet.gradient_checkpointing
+
+
+def test_concept_round_trip_and_no_silent_overwrite(model, tmp_path):
+    concept = textinv.invert(model, MUSHROOM, "plant", steps=1, batch_size=2, placeholder="<Mü>")
+    path = tmp_path / "word.safetensors"
+    concept.save(path)
+    again = textinv.load_concept(path)
+    assert again.placeholder == "<Mü>" and torch.equal(again.vectors, concept.vectors)
+    assert again.metadata["init_word"] == "plant" and again.metadata["steps"] == "1"
+    assert again.metadata["base_model_hash"] == model.fingerprint
+    assert list(load_file(path)) == ["<Mü>"]  # the layout that diffusers reads
+    with pytest.raises(ValueError, match="--overwrite"):
+        concept.save(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["word.safetensors"]
+
+
+def test_images_are_upright_square_and_on_white(tmp_path):
+    wide = np.zeros((60, 120, 3), np.uint8)
+    wide[:, 60:] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright: turn clockwise by 90 degrees
+    Image.fromarray(wide).save(tmp_path / "phone.jpg", exif=exif, quality=95)
+    turned = textinv.open_image(tmp_path / "phone.jpg")
+    assert turned.size == (60, 120) and turned.getpixel((30, 10)) < (10, 10, 10)
+    clear = Image.new("RGBA", (10, 10), (255, 0, 0, 0))
+    assert textinv.open_image(clear).getpixel((5, 5)) == (255, 255, 255)
+    circle = Image.new("RGB", (300, 100), "red")
+    circle.paste("blue", (100, 0, 200, 100))
+    pixels = textinv.prepare_images([circle], 32)
+    assert pixels.shape == (1, 3, 32, 32)
+    assert pixels[0, 2].mean() > 0.9  # only the middle square is left
+
+
+def test_folders_skip_what_is_no_picture_and_name_what_is_broken(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / ".DS_Store").write_bytes(b"x")
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.warns(UserWarning, match="skipped") as seen:
+        assert [p.name for p in textinv.find_images(tmp_path)] == ["a.png"]
+    assert len(seen) == 2
+    (tmp_path / "b.jpg").write_bytes(b"no jpeg")
+    with pytest.raises(ValueError, match="b.jpg"):
+        textinv.prepare_images([tmp_path / "b.jpg"], 8)
+    with pytest.raises(ValueError, match="no pictures"):
+        empty = tmp_path / "empty"
+        empty.mkdir()
+        textinv.find_images(empty)
+
+
+@pytest.mark.parametrize("placeholder", ["", "a cat", "apple"])
+def test_unusable_placeholders_are_refused(model, placeholder):
+    with pytest.raises(ValueError, match="placeholder"):
+        textinv.invert(model, MUSHROOM, "plant", placeholder=placeholder, steps=1)
+
+
+@pytest.mark.parametrize("option", [dict(steps=0), dict(lr=-1.0), dict(batch_size=0)])
+def test_unusable_numbers_are_refused(model, option):
+    with pytest.raises(ValueError, match=next(iter(option))):
+        textinv.invert(model, MUSHROOM, "plant", **option)
+
+
+def test_a_picture_depends_on_its_own_seed_only(model):
+    alone = textinv.sample(model, "a photo of an apple", steps=3, seed=5)
+    among = textinv.sample(model, ["a cat", "a photo of an apple"], n=3, steps=3, seed=4)
+    difference = np.abs(np.asarray(alone[0], int) - np.asarray(among[4], int))
+    assert difference.max() <= 1
+    assert len(among) == 6 and alone[0].size == (64, 64)
+
+
+def test_words_of_another_width_or_twice_the_same_are_refused(model):
+    wide = textinv.Concept("<w>", torch.zeros(1, 768))
+    with pytest.raises(ValueError, match="768"):
+        textinv.sample(model, "a <w>", [wide], steps=1)
+    word = textinv.Concept("<w>", torch.zeros(1, 192))
+    with pytest.raises(ValueError, match="two words"):
+        textinv.sample(model, "a <w>", [word, word], steps=1)
+
+
+def test_unknown_words_are_named():
+    known = textinv.Concept("<cat>", torch.zeros(1, 4))
+    assert textinv.unknown_words(["a <cat> by <dog>", "a <dog>"], [known]) == ["<dog>"]
+
+
+def test_command_line_learns_and_draws(tmp_path, capsys):
+    word, picture = str(tmp_path / "m.safetensors"), str(tmp_path / "m.png")
+    learn = ["invert", str(MUSHROOM), "--init-word", "plant", "--out", word, "--device", "cpu"]
+    assert textinv.main([*learn, "--steps", "4", "--preview-every", "2"]) == 0
+    names = {p.name for p in tmp_path.iterdir()}
+    assert names == {"m.safetensors", "m.inputs.png", "m.step-2.png"}
+    draw = ["sample", "a sketch of <m>", "a <typo>", "--concept", word, "-n", "2", "--steps", "2"]
+    assert textinv.main([*draw, "--out", picture, "--singles", str(tmp_path / "all")]) == 0
+    assert "<typo>" in capsys.readouterr().err
+    assert "a sketch of <m>" in Image.open(picture).text["prompt"]
+    assert len(list((tmp_path / "all").iterdir())) == 4
+    assert textinv.main([*draw, "--out", picture]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["invert", "nowhere", "--init-word", "plant"],
+        ["invert", str(MUSHROOM)],
+        ["invert", str(MUSHROOM), "--init-word", "plant", "--steps", "0"],
+        ["sample", "a cat", "--size", "65"],
+        ["sample", "a cat", "-n", "0"],
+        ["sample", "a cat", "--model", "nowhere.ckpt"],
+        ["sample", "a cat", "--concept", "nowhere.safetensors"],
+    ],
+)
+def test_mistakes_are_one_line_and_exit_status_2(tmp_path, arguments):
+    done = subprocess.run(
+        [sys.executable, ROOT / "textinv.py", *arguments, "--device", "cpu"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("textinv: ") and done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
