@@ -76,7 +76,7 @@ def checking(path: Path):
     except Exception as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(
-            f"{path}: damaged or of another kind, found {contents(path)} ({reason[:200]}); {EXPECTED}"
+            f"{path}: damaged or foreign, found {contents(path)} ({reason[:200]}); {EXPECTED}"
         ) from error
 
 
@@ -87,10 +87,11 @@ def contents(path: Path) -> str:
         return "a folder with " + some(sorted(p.name for p in path.iterdir()))
     with open(path, "rb") as file:
         start = file.read(40)
-    if start.startswith(ZIP):
-        return "a zip archive"
-    text = start.decode("utf-8", "replace")
-    kind = f"the text {text!r}" if text.isprintable() and text else "binary data"
+    line = start.decode("utf-8", "replace").splitlines()[:1]
+    if not start or start.startswith(ZIP):
+        kind = "a zip archive" if start else "an empty file"
+    else:
+        kind = f"the text {line[0]!r}" if line[0].isprintable() else "binary data"
     return f"{kind}, {path.stat().st_size:,} bytes"
 
 
@@ -188,7 +189,10 @@ def open_safetensors(path: Path) -> State:
         n = math.prod(shape)
         damaged = begin < free or end - begin != n * dtype.itemsize or min(shape, default=0) < 0
         if damaged or end > len(file.map):
-            raise CheckpointError(f"{path}: truncated or damaged at tensor {name[:80]!r}")
+            raise CheckpointError(
+                f"{path}: truncated or damaged, expected tensor {name[:80]!r} at bytes "
+                f"{begin:,} to {end:,}, found {len(file.map):,} bytes in all"
+            )
         free = end
         view = methodcaller("reshape", shape)
         state[name] = Stored(shape, stored_in(file, begin, n, dtype, view))
@@ -678,7 +682,7 @@ def take_apart(path: Path, family: str | None) -> Parts:
         return from_diffusers(path, family)
     settings = read_json(path / "config.json")
     if "norm_groups" not in settings:
-        raise CheckpointError(f"{path}: {contents(path)}; {EXPECTED}")
+        raise CheckpointError(f"{path}: found {contents(path)}; {EXPECTED}")
     parts = from_single_file(path / "model.safetensors", "ldm")
     parts.unet_groups, parts.autoencoder_groups = settings["norm_groups"]
     parts.name, parts.size = settings["name"], settings["size"]
@@ -817,13 +821,11 @@ def load_clip(path: str | Path | None = None) -> CLIP:
             }
             for scalar in ("input_resolution", "context_length", "vocab_size"):
                 state.pop(scalar, None)
-            towers = {
-                "text_model": clip_from_openai(state),
-                "vision_model": clip_from_openai(visual),
-            }
-            state = projections | {
-                f"{t}.{k}": v for t, tower in towers.items() for k, v in tower.items()
-            }
+            towers = (
+                ("text_model", clip_from_openai(state)),
+                ("vision_model", clip_from_openai(visual)),
+            )
+            state = projections | {f"{t}.{k}": v for t, tower in towers for k, v in tower.items()}
         state = {k: v for k, v in state.items() if not k.endswith("position_ids")}
         patches = state["vision_model.embeddings.patch_embedding.weight"].shape
         positions = state["vision_model.embeddings.position_embedding.weight"].shape[0]

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from models.mending import fix_text
 from models.tokenizers import (
     MERGES,
     OPEN_CLIP_SPECIAL,
     CLIPTokenizer,
     Tokenizer,
     WordPieceTokenizer,
-    fix_text,
 )
 
 GOLDEN = Path(__file__).parent / "golden"
