@@ -6,7 +6,8 @@
     python examples/train_emoji.py SPRITES WORK export
 
 SPRITES is the folder of emoji_data.py; WORK keeps checkpoints, from which every stage resumes
-when it is started again. `export` writes models/emoji. All of it runs on two CPU cores.
+when it is started again. `export` writes models/emoji. To train the bundled weights further, begin
+with `import`, its reverse, and go on with `diffusion`. All of it runs on two CPU cores.
 
 What makes hours of CPU enough: scenes are encoded once and trained on as latents, matrices are
 stepped by Muon (Jordan et al. 2024), which needs several times fewer pictures than AdamW here,
@@ -31,6 +32,7 @@ from emoji_data import Scenes, words  # noqa: E402
 
 from models.autoencoder import Autoencoder, AutoencoderConfig  # noqa: E402
 from models.bert import BertConfig, BertTextEncoder  # noqa: E402
+from models.checkpoint import load_model  # noqa: E402
 from models.clip import (  # noqa: E402
     CLIP,
     MEAN,
@@ -129,7 +131,7 @@ class Trainer:
             state = torch.load(path, weights_only=True)
             modules.load_state_dict(state["model"])
             self.ema, self.step, self.used = state["ema"], state["step"], state["used"]
-            for optimizer, saved in zip(self.optimizers, state["optimizers"]):
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=False):
                 optimizer.load_state_dict(saved)
         self.clock = time.time()
         self.shown = self.saved = self.used
@@ -210,7 +212,10 @@ def load_autoencoder(scenes: Scenes, work: Path) -> Autoencoder:
     own where LDM and Stable Diffusion have 0.18215.
     """
     model = Autoencoder(AUTOENCODER)
-    model.load_state_dict(torch.load(work / "autoencoder.pt", weights_only=True)["ema"])
+    saved = torch.load(work / "autoencoder.pt", weights_only=True)
+    model.load_state_dict(saved["ema"])
+    if saved.get("scaled"):  # imported
+        return model
     mean, std = model.encode(scenes.batch(1024, 1)[0] * 2 - 1)
     z = mean + std * torch.randn_like(std)
     shift, scale = z.mean((0, 2, 3)), 1 / (z.std((0, 2, 3)) * SCALE)
@@ -342,12 +347,23 @@ def export(scenes: Scenes, work: Path, minutes: float) -> None:
         save_file({k: v.half().contiguous() for k, v in ema.items()}, target / "clip.safetensors")
 
 
+def import_bundled(scenes: Scenes, work: Path, minutes: float) -> None:
+    """Checkpoints in WORK that start from models/emoji, without the optimizers' state."""
+    model = load_model(device="cpu")
+    torch.save({"ema": model.autoencoder.state_dict(), "scaled": True}, work / "autoencoder.pt")
+    parts = {"text": model.text_encoder, "unet": model.unet}
+    state = nn.ModuleDict(parts).state_dict()
+    state = {"model": state, "ema": state, "step": 0, "used": 0.0, "optimizers": []}
+    torch.save(state, work / "diffusion.pt")
+
+
 LR = 3e-3  # of the diffusion stage
 STAGES = {
     "autoencoder": train_autoencoder,
     "diffusion": train_diffusion,
     "clip": train_clip,
     "export": export,
+    "import": import_bundled,
 }
 
 
