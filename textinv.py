@@ -606,7 +606,8 @@ def run_sample(args: argparse.Namespace) -> None:
         size = tuple(int(s) for s in (args.size.split("x") * 2)[:2])
     model = load_for(args)
     settings = dict(steps=args.steps, eta=args.eta, seed=args.seed, size=size or model.size)
-    settings |= dict(guidance_scale=args.guidance or GUIDANCE.get(model.name, 7.5))
+    guidance = GUIDANCE.get(model.name, 7.5) if args.guidance is None else args.guidance
+    settings |= dict(guidance_scale=guidance)
     print(f"drawing {len(args.prompts)} prompt(s) x {args.n}, {args.steps} DDIM steps, to {out}")
     rows = []
     for prompt in tqdm(args.prompts, unit="prompt", disable=len(args.prompts) == 1):
