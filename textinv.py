@@ -39,6 +39,7 @@ from tqdm import tqdm
 from models.checkpoint import BUNDLED, FAMILIES, load_clip, load_model
 from models.clip import preprocess
 from models.latent_diffusion import LatentDiffusion
+from models.tokenizers import WordPieceTokenizer
 
 __all__ = ["Concept", "invert", "load_concept", "load_model", "sample", "train"]
 
@@ -212,11 +213,16 @@ def load_concept(path: str | Path) -> Concept:
     return Concept(names[0], torch.atleast_2d(vectors), metadata)
 
 
-def write_file(path: str | Path, content: bytes, overwrite: bool = False) -> None:
-    """All or nothing: a temporary file beside the target, synced, then renamed."""
-    path = Path(path)
+def free_target(path: Path, overwrite: bool) -> Path:
+    """The path, if it may be written: said before the work, not after it."""
     if path.exists() and not overwrite:
         raise ValueError(f"{path} exists; choose another name or say --overwrite")
+    return path
+
+
+def write_file(path: str | Path, content: bytes, overwrite: bool = False) -> None:
+    """All or nothing: a temporary file beside the target, synced, then renamed."""
+    path = free_target(Path(path), overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(
         dir=path.parent, prefix=f".{path.name}.", delete=False
@@ -516,28 +522,23 @@ def write_png(path: str | Path, image: Image.Image, text: dict, overwrite: bool)
         write_file(path, buffer.read(), overwrite)
 
 
-def free_target(path: Path, overwrite: bool) -> Path:
-    """The path, if it may be written: said before the work, not after it."""
-    if path.exists() and not overwrite:
-        raise ValueError(f"{path} exists; choose another name or say --overwrite")
-    return path
-
-
-def suggest_words(images: Images, count: int = 5) -> list[str]:
-    """The trained words of the bundled vocabulary whose CLIP features are nearest the pictures'."""
-    from models.tokenizers import WordPieceTokenizer
-
+@torch.no_grad()
+def clip_similarity(images: Sequence[Image.Image], captions: Sequence[str]) -> Tensor:
+    """Cosines (N, M) between N pictures and M captions, in the space of the bundled CLIP."""
     clip = load_clip()
-    length = clip.config.text.max_length
-    tokenizer = WordPieceTokenizer.load(BUNDLED / "vocab.txt", length)
+    tokenizer = WordPieceTokenizer.load(BUNDLED / "vocab.txt", clip.config.text.max_length)
+    ids = torch.tensor([tokenizer.pad(tokenizer.encode(c)) for c in captions])
+    text = F.normalize(clip.encode_text(ids, tokenizer.end_id), dim=-1)
+    pixels = preprocess(images, clip.config.vision.image_size)
+    return F.normalize(clip.encode_image(pixels), dim=-1) @ text.T
+
+
+def near_words(paths: Sequence[Path], count: int = 5) -> str:
+    """The trained words of the bundled model that look most like the pictures."""
     words = json.loads((BUNDLED / "config.json").read_text())["nouns"]
-    ids = torch.tensor([tokenizer.pad(tokenizer.encode(f"a photo of a {w}")) for w in words])
-    pictures = [open_image(p) for p in find_images(images)]
-    with torch.no_grad():
-        text = F.normalize(clip.encode_text(ids, tokenizer.end_id), dim=-1)
-        pixels = preprocess(pictures, clip.config.vision.image_size)
-        image = F.normalize(clip.encode_image(pixels), dim=-1).mean(0)
-    return [words[i] for i in (text @ image).topk(count).indices]
+    pictures = [open_image(path) for path in paths]
+    cosines = clip_similarity(pictures, [f"a photo of a {word}" for word in words]).mean(0)
+    return ", ".join(words[i] for i in cosines.topk(count).indices)
 
 
 def peak_memory(device: torch.device) -> str:
@@ -555,12 +556,12 @@ def run_invert(args: argparse.Namespace) -> None:
     if not args.init_word:
         raise ValueError(
             "--init-word is missing: the coarse word for what the pictures show (cat, mug, "
-            f"painting), from which the new word starts; nearest here: {near_words(args.images)}"
+            f"painting), from which the new word starts; nearest here: {near_words(paths)}"
         )
     model = load_for(args)
     ids = model.tokenizer.words(args.init_word)
     print(f"init word {args.init_word!r}: {len(ids)} token(s), ids {ids}; {args.vectors} vector(s)")
-    sheet = grid(to_pil(prepare_images(paths, model.size)))
+    pictures = to_pil(prepare_images(paths, model.size))
     options = dict(placeholder=placeholder, vectors=args.vectors, seed=args.seed)
     options |= dict(steps=args.steps, batch_size=args.batch_size, lr=args.lr)
     options |= dict(templates=TEMPLATES.get(args.templates, (args.templates,)))
@@ -568,14 +569,15 @@ def run_invert(args: argparse.Namespace) -> None:
     options |= dict(gradient_checkpointing=args.gradient_checkpointing)
     steps = args.steps if args.steps is not None else TRAINING.get(model.name, PAPER)["steps"]
     every = args.preview_every if args.preview_every is not None else max(1, steps // 3)
-    print(f"learning {placeholder} from {len(paths)} pictures, {steps} steps, to {out}")
+    print(f"learning {placeholder} from {len(pictures)} pictures, {steps} steps, to {out}")
 
     beside = str(out.with_suffix(""))
     loss = 0.0
-    for state in train(model, paths, args.init_word, **options):
+    for state in train(model, pictures, args.init_word, **options):
         if state.step == 1:  # the arguments were good
             progress = tqdm(total=steps, unit="step")
-            write_png(f"{beside}.inputs.png", sheet, {"what": "what the model sees"}, True)
+            text = {"what": "what the model sees"}
+            write_png(f"{beside}.inputs.png", grid(pictures), text, True)
         progress.update()
         if state.step % 10 == 0:
             loss = state.loss.item() if not loss else 0.9 * loss + 0.1 * state.loss.item()
@@ -587,10 +589,6 @@ def run_invert(args: argparse.Namespace) -> None:
     progress.close()
     state.concept.save(out, args.overwrite)
     print(f"wrote {out}; try: python textinv.py sample 'a photo of {placeholder}' --concept {out}")
-
-
-def near_words(images: Images) -> str:
-    return ", ".join(suggest_words(images))
 
 
 def run_sample(args: argparse.Namespace) -> None:

@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
@@ -20,7 +19,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 from emoji_data import TRAINED, split_names  # noqa: E402
 
 import textinv  # noqa: E402
-from models.clip import preprocess  # noqa: E402
 
 PROMPTS = """
 a photo of an apple on a blue background
@@ -76,13 +74,8 @@ def main() -> None:
     )
     textinv.grid([i.resize((128, 128)) for i in images], columns=8).save(args.out)
 
-    clip, tokenizer = textinv.load_clip(), model.tokenizer
     captions = PROMPTS + other_captions(26)
-    ids = torch.tensor([tokenizer.pad(tokenizer.encode(c)) for c in captions])
-    with torch.no_grad():
-        text = F.normalize(clip.encode_text(ids, tokenizer.end_id), dim=-1)
-        pixels = preprocess(images, clip.config.vision.image_size)
-        nearest = (F.normalize(clip.encode_image(pixels), dim=-1) @ text.T).argmax(1)
+    nearest = textinv.clip_similarity(images, captions).argmax(1)
     for i, best in enumerate(nearest):
         if best != i:
             print(f"{PROMPTS[i]!r} looks like {captions[best]!r}")

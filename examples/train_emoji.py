@@ -265,7 +265,7 @@ def train_diffusion(scenes: Scenes, work: Path, minutes: float, batch: int = 64)
             nn.init.zeros_(block.proj_out.weight)
     unet.to(memory_format=torch.channels_last)
     modules = nn.ModuleDict({"text": text, "unet": unet})
-    trainer = Trainer(modules, work / "diffusion.pt", minutes, lr=LR, decay=0.9985)
+    trainer = Trainer(modules, work / "diffusion.pt", minutes, lr=3e-3, decay=0.9985)
     schedule = Schedule(0.00085, 0.012)
     snr = (schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)).float()
     weight = (snr.clamp(max=5) / snr).clamp(max=1)
@@ -357,7 +357,6 @@ def import_bundled(scenes: Scenes, work: Path, minutes: float) -> None:
     torch.save(state, work / "diffusion.pt")
 
 
-LR = 3e-3  # of the diffusion stage
 STAGES = {
     "autoencoder": train_autoencoder,
     "diffusion": train_diffusion,

@@ -38,7 +38,7 @@ BUNDLED = Path(__file__).parent / "emoji"
 BERT_VOCAB = Path(__file__).parent / "vocab" / "bert-base-uncased.txt"
 BETAS = (0.00085, 0.012)  # LDM text2img-large and Stable Diffusion alike
 ZIP = b"PK\x03\x04"  # how files of torch.save begin
-FAMILIES = {"ldm": "LDM text2img", "sd1": "Stable Diffusion 1", "sd2": "Stable Diffusion 2"}
+FAMILIES = ("ldm", "sd1", "sd2")
 EXPECTED = (
     "expected an LDM or Stable Diffusion 1/2 checkpoint (.ckpt or .safetensors), or a folder in "
     "the diffusers layout"
