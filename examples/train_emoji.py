@@ -15,6 +15,7 @@ the loss is weighted by min-SNR (Hang et al. 2023), and weights are averaged (EM
 """
 
 import argparse
+import contextlib
 import json
 import sys
 import time
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
@@ -47,11 +49,17 @@ from models.unet import UNet, UNetConfig  # noqa: E402
 
 AUTOENCODER = AutoencoderConfig(widths=(16, 32, 64), num_res_blocks=1, norm_groups=4)
 MAX_LENGTH = 24
+PREDICTION = "v"  # holds the shapes, which are decided in strong noise, better than eps does
 UNET = UNetConfig(
-    widths=(48, 96, 160), num_res_blocks=1, attention_levels=(1, 2), context_dim=192, norm_groups=8
+    widths=(48, 96, 160),
+    num_res_blocks=1,
+    attention_levels=(1, 2),
+    context_dim=192,
+    heads=4,
+    norm_groups=8,
 )
 SCALE = 0.18215  # of every LDM latent; the autoencoder is rescaled so that it fits
-CACHED = 32768  # scenes encoded once for the diffusion stage
+CACHED = 65536  # scenes encoded once for the diffusion stage
 
 
 def vocabulary() -> list[str]:
@@ -247,7 +255,7 @@ def cache_latents(scenes: Scenes, work: Path, tokenizer: WordPieceTokenizer) -> 
     return cache
 
 
-def train_diffusion(scenes: Scenes, work: Path, minutes: float, batch: int = 64) -> None:
+def train_diffusion(scenes: Scenes, work: Path, minutes: float, batch: int = 96) -> None:
     vocab = vocabulary()
     tokenizer = WordPieceTokenizer(vocab, MAX_LENGTH)
     cache = cache_latents(scenes, work, tokenizer)
@@ -266,9 +274,10 @@ def train_diffusion(scenes: Scenes, work: Path, minutes: float, batch: int = 64)
     unet.to(memory_format=torch.channels_last)
     modules = nn.ModuleDict({"text": text, "unet": unet})
     trainer = Trainer(modules, work / "diffusion.pt", minutes, lr=3e-3, decay=0.9985)
-    schedule = Schedule(0.00085, 0.012)
+    torch.manual_seed(trainer.step)
+    schedule = Schedule(0.00085, 0.012, PREDICTION)
     snr = (schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)).float()
-    weight = (snr.clamp(max=5) / snr).clamp(max=1)
+    weight = (5 / (snr + 1)).clamp(max=1)
     average = None
     while trainer.done < 1:
         rows = torch.randint(len(cache["ids"]), (batch,))
@@ -277,14 +286,23 @@ def train_diffusion(scenes: Scenes, work: Path, minutes: float, batch: int = 64)
         ids[torch.rand(batch) < 0.1] = empty
         t = ((torch.arange(batch) + torch.rand(batch)) * (1000 / batch)).long()  # stratified
         noise = torch.randn_like(x_0)
-        context = text(text.token_table[ids])
-        prediction = unet(schedule.q_sample(x_0, t, noise), t, context)
-        error = ((prediction - noise) ** 2).mean((1, 2, 3))
-        loss = (weight[t] * error).mean()
-        trainer.update(loss)
+        x_t, target = schedule.q_sample(x_0, t, noise), schedule.target(x_0, t, noise)
+        with fast_cpu():
+            prediction = unet(x_t, t, text(text.token_table[ids])).float()
+        error = ((prediction - target) ** 2).mean((1, 2, 3))
+        trainer.update((weight[t] * error).mean())
         plain = error.mean().item()
         average = plain if average is None else average + 0.02 * (plain - average)
-        trainer.report(f"loss {loss.item():.4f}  eps error {average:.4f}", batch)
+        trainer.report(f"v error {average:.4f}", batch)
+
+
+@contextlib.contextmanager
+def fast_cpu():
+    """bfloat16 where the processor multiplies it (2.4 times as fast), plain attention (flash
+    attention's backward is slow in bfloat16)."""
+    native = torch.cpu._is_avx512_bf16_supported()
+    with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16, enabled=native):
+        yield
 
 
 def train_clip(scenes: Scenes, work: Path, minutes: float, batch: int = 128) -> None:
@@ -340,6 +358,7 @@ def export(scenes: Scenes, work: Path, minutes: float) -> None:
     save_file(half, target / "model.safetensors")
     (target / "vocab.txt").write_text("".join(f"{w}\n" for w in vocabulary()))
     settings = dict(name="emoji", size=64, norm_groups=[UNET.norm_groups, AUTOENCODER.norm_groups])
+    settings |= dict(heads=UNET.heads, prediction=PREDICTION)
     settings["nouns"] = [*dict.fromkeys([*scenes.coarse, *scenes.names])]
     (target / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
     if (work / "clip.pt").exists():

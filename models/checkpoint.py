@@ -685,6 +685,7 @@ def take_apart(path: Path, family: str | None) -> Parts:
         raise CheckpointError(f"{path}: found {contents(path)}; {EXPECTED}")
     parts = from_single_file(path / "model.safetensors", "ldm")
     parts.unet_groups, parts.autoencoder_groups = settings["norm_groups"]
+    parts.heads, parts.prediction = settings["heads"], settings["prediction"]
     parts.name, parts.size = settings["name"], settings["size"]
     return parts
 
