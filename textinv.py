@@ -10,38 +10,48 @@ own in the space of the token embeddings, and v* alone is trained, with the mode
     v* = argmin_v  E_{z ~ E(x), y, eps ~ N(0, 1), t}  || eps - eps_theta(z_t, t, c_theta(y, v)) ||^2
 
 This file reads from top to bottom as the method: templates (y), pictures (x), the word (v),
-training, sampling, command line. What v* is looked up in: models/latent_diffusion.py, `embed`.
+training, sampling, measuring. What v* is looked up in: models/latent_diffusion.py, `embed`. The
+command line is models/command_line.py.
 """
 
-import argparse
 import json
 import math
-import os
 import random
 import re
-import resource
 import sys
-import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, PngImagePlugin
-from safetensors import safe_open
-from safetensors.torch import save
+from PIL import Image, ImageOps
 from torch import Tensor
-from tqdm import tqdm
 
-from models.checkpoint import BUNDLED, FAMILIES, load_clip, load_model
-from models.clip import preprocess
+from models.checkpoint import load_model
+from models.embeddings import Embedding, default_format, encode_embedding, read_embeddings
+from models.evaluation import (
+    Scorer,
+    editability,
+    read_prompts,
+    reconstruction,
+    without_placeholder,
+)
+from models.files import write_file
 from models.latent_diffusion import LatentDiffusion
-from models.tokenizers import WordPieceTokenizer
 
-__all__ = ["Concept", "invert", "load_concept", "load_model", "sample", "train"]
+__all__ = [
+    "Concept",
+    "evaluate",
+    "invert",
+    "load_concept",
+    "load_concepts",
+    "load_model",
+    "sample",
+    "train",
+]
 
 # ------------------------------------------------------------------- y: the templates (appendix J)
 
@@ -104,6 +114,8 @@ TEMPLATES = {"object": OBJECT_TEMPLATES, "style": STYLE_TEMPLATES}
 # as the paper does: 0.005 x 2 GPUs x 4 pictures = 0.04.
 TRAINING = {"emoji": dict(steps=300, batch_size=8, lr=0.0025)}
 PAPER = dict(steps=5000, batch_size=4, lr=0.005)
+# The paper's High and Low (section 5.2) are 2e-2 and 1e-4 beside a base of 5e-3.
+RATES = {"base": 1.0, "high": 4.0, "low": 0.02}
 GUIDANCE = {"emoji": 3.0}  # elsewhere 7.5, within the paper's "typical scales (5-10)" for LDM
 
 # ------------------------------------------------------------------------------ x: the pictures
@@ -119,8 +131,11 @@ def find_images(folder: str | Path) -> list[Path]:
         raise ValueError(f"{folder}: no such folder; give a folder with 3-5 pictures of one thing")
     files = [folder] if folder.is_file() else sorted(p for p in folder.iterdir() if p.is_file())
     pictures = [p for p in files if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
+    captions = {path.with_suffix(".txt") for path in pictures}
     for path in files:
-        if path not in pictures:
+        if path.suffix.lower() in (".heic", ".heif"):
+            warnings.warn(f"skipped {path}: HEIC is not read, save it as JPEG", stacklevel=2)
+        elif path not in pictures and path not in captions:
             warnings.warn(f"skipped {path}: not a picture", stacklevel=2)
     if not pictures:
         kinds = ", ".join(sorted(SUFFIXES))
@@ -129,7 +144,8 @@ def find_images(folder: str | Path) -> list[Path]:
 
 
 def open_image(source: str | Path | Image.Image) -> Image.Image:
-    """An upright RGB picture: EXIF orientation applied, transparency composited on white."""
+    """An upright RGB picture: EXIF orientation applied, transparency composited on white, of an
+    animation the first frame."""
     if isinstance(source, Image.Image):
         image = source
     else:
@@ -149,14 +165,19 @@ def open_image(source: str | Path | Image.Image) -> Image.Image:
 
 def prepare_images(images: Images, size: int) -> Tensor:
     """Pictures as the model sees them, (N, 3, size, size) in [-1, 1]: the largest square in the
-    middle, cropped and never stretched."""
+    middle, cropped and never stretched. Warns of pictures that are smaller than that."""
     if isinstance(images, (str, Path)):
         images = find_images(images)
     if not images:
         raise ValueError("no pictures given; 3-5 pictures of one thing are wanted")
-    fitted = [
-        ImageOps.fit(open_image(image), (size, size), Image.Resampling.BICUBIC) for image in images
-    ]
+    fitted = []
+    for i, source in enumerate(images):
+        image = open_image(source)
+        if min(image.size) < size:
+            name = f"picture {i + 1}" if isinstance(source, Image.Image) else source
+            width, height = image.size
+            warnings.warn(f"{name} has {width}x{height} pixels, enlarged for {size}", stacklevel=2)
+        fitted.append(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in fitted]))
     return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
 
@@ -192,60 +213,48 @@ class Concept:
     vectors: Tensor
     metadata: dict[str, str] = field(default_factory=dict)
 
-    def save(self, path: str | Path, overwrite: bool = False) -> None:
-        """Write a .safetensors file {placeholder: (V, D)}, which diffusers reads as it is."""
-        vectors = self.vectors.detach().cpu().contiguous()
-        metadata = self.metadata | {"placeholder": self.placeholder}
-        write_file(path, save({self.placeholder: vectors}, metadata), overwrite)
+    def save(
+        self, path: str | Path, overwrite: bool = False, format: str | None = None, picture=None
+    ) -> None:
+        """Write the word to a file, all or nothing.
+
+        format: one of models.embeddings.FORMATS, by default what the file's ending suggests; for
+        .safetensors {placeholder: (V, D)}, which diffusers reads as it is. picture: the PIL image
+        that a .png is drawn on. Raises ValueError where the file exists or cannot be written.
+        """
+        path = Path(path)
+        format = format or default_format(path.suffix)
+        word = Embedding(self.placeholder, self.vectors.detach().cpu(), self.metadata)
+        write_file(path, encode_embedding(word, format, path.suffix, picture), overwrite)
+
+
+def load_concepts(path: str | Path) -> list[Concept]:
+    """The words of an embedding file, in any format that models/embeddings.py reads.
+
+    Raises ValueError for what is not such a file; nothing in it can run.
+    """
+    return [Concept(e.placeholder, e.vectors, e.metadata) for e in read_embeddings(path)]
 
 
 def load_concept(path: str | Path) -> Concept:
-    """A word that `Concept.save` wrote, or any .safetensors with one (V, D) or (D,) tensor."""
-    try:
-        with safe_open(path, "pt") as file:
-            names, metadata = list(file.keys()), file.metadata() or {}
-            vectors = file.get_tensor(names[0]).float() if len(names) == 1 else None
-    except Exception as error:  # the library raises its own types for damaged files
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path}: not readable as a .safetensors word ({reason})") from error
-    if vectors is None or vectors.ndim not in (1, 2) or not vectors.isfinite().all():
-        raise ValueError(f"{path}: expected one finite tensor (V, D), found {', '.join(names[:3])}")
-    return Concept(names[0], torch.atleast_2d(vectors), metadata)
-
-
-def free_target(path: Path, overwrite: bool) -> Path:
-    """The path, if it may be written: said before the work, not after it."""
-    if path.exists() and not overwrite:
-        raise ValueError(f"{path} exists; choose another name or say --overwrite")
-    return path
-
-
-def write_file(path: str | Path, content: bytes, overwrite: bool = False) -> None:
-    """All or nothing: a temporary file beside the target, synced, then renamed."""
-    path = free_target(Path(path), overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as file:
-        try:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    """The word of a file with one word; `load_concepts` reads files with several."""
+    concepts = load_concepts(path)
+    if len(concepts) > 1:
+        names = ", ".join(concept.placeholder for concept in concepts)
+        raise ValueError(f"{path} holds {len(concepts)} words ({names}); use load_concepts")
+    return concepts[0]
 
 
 def check_placeholder(model: LatentDiffusion, placeholder: str) -> None:
+    fault = None
     if not placeholder or any(c.isspace() for c in placeholder):
+        fault = "is empty or has a space in it"
+    elif placeholder.isalnum() and len(model.tokenizer.words(placeholder)) == 1:
+        fault = "is an ordinary word of this model"
+    if fault:
         raise ValueError(
-            f"placeholder {placeholder!r} is empty or has a space in it; use one like <cat>"
-        )
-    if placeholder.isalnum() and len(model.tokenizer.words(placeholder)) == 1:
-        raise ValueError(
-            f"placeholder {placeholder!r} is an ordinary word of this model; use <{placeholder}>"
+            f"placeholder {placeholder!r} {fault}; use one like <cat> (--placeholder '<cat>', or "
+            "--rename FILE='<cat>' for a finished word)"
         )
 
 
@@ -269,12 +278,41 @@ def initial_vectors(model: LatentDiffusion, init_word: str, count: int) -> Tenso
 
 @dataclass
 class State:
-    """Where training stands after a step. `loss` is a tensor, so that reading it (and waiting
-    for the device) is left to whoever wants the number."""
+    """Where training stands after a step.
+
+    `loss` is that of eq. 2 on the step's batch. `image_words` are empty unless asked for.
+    """
 
     step: int
     loss: Tensor
     concept: Concept
+    image_words: list[Concept]
+    optimizer: torch.optim.AdamW
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that the next step depends on beside the arguments, for `train(resume=...)`."""
+        tensors = {"step": torch.tensor(self.step)}
+        for i, word in enumerate([self.concept, *self.image_words]):
+            tensors[f"{i}.vectors"] = word.vectors.detach()
+            for moment in ("exp_avg", "exp_avg_sq"):
+                tensors[f"{i}.{moment}"] = self.optimizer.state[word.vectors][moment]
+        return {key: tensor.cpu().clone() for key, tensor in tensors.items()}
+
+
+def restore(words: Sequence[Concept], optimizer: torch.optim.AdamW, saved: dict) -> int:
+    """Put what `State.tensors` returned back where it was; the step that it was taken after."""
+    step = int(saved["step"])
+    for i, word in enumerate(words):
+        if saved[f"{i}.vectors"].shape != word.vectors.shape:
+            raise ValueError(f"the saved state has other vectors than {word.placeholder}")
+        word.vectors.data.copy_(saved[f"{i}.vectors"])
+        moments = {k: saved[f"{i}.{k}"].to(word.vectors) for k in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[word.vectors] = {"step": torch.tensor(float(step)), **moments}
+    return step
+
+
+class NotFinite(ValueError):
+    """A step gave NaN or infinity. The word is left as it was before that step."""
 
 
 def diffusion_loss(
@@ -286,11 +324,19 @@ def diffusion_loss(
     noise: Tensor,
 ) -> Tensor:
     """Eq. 1 of the paper for given t and noise, a scalar: how well the model takes the noise out
-    of latents (B, C, h, w), noised to timesteps t (B,), when told the prompts."""
+    of latents (B, C, h, w), noised to timesteps t (B,), when told the prompts.
+
+    Raises NotFinite, which names the part of the model that gave the first NaN or infinity.
+    """
     x_t = model.schedule.q_sample(latents, t, noise)
     context = model.encode_text(prompts, concepts)
     prediction = model.unet(x_t, t, context).float()
-    return F.mse_loss(prediction, model.schedule.target(latents, t, noise))
+    loss = F.mse_loss(prediction, model.schedule.target(latents, t, noise))
+    if not loss.isfinite():
+        parts = {"autoencoder": latents, "text encoder": context, "UNet": prediction}
+        broken = (name for name, tensor in parts.items() if not tensor.isfinite().all())
+        raise NotFinite(next(broken, "loss"))
+    return loss
 
 
 def train(
@@ -301,69 +347,152 @@ def train(
     vectors: int = 1,
     steps: int | None = None,
     batch_size: int | None = None,
-    lr: float | None = None,
-    templates: Sequence[str] = OBJECT_TEMPLATES,
+    lr: float | str | None = None,
+    templates: Sequence[str] | Sequence[Sequence[str]] = OBJECT_TEMPLATES,
     flip: bool = True,
     weight_decay: float = 0.0,
+    regularize: float = 0.0,
+    progressive: bool = False,
+    per_image: bool = False,
     gradient_checkpointing: bool = False,
     seed: int = 0,
+    resume: Mapping[str, Tensor] | None = None,
 ) -> Iterator[State]:
     """Textual inversion (section 3, eq. 2), a generator that yields a `State` after each step.
 
     images: a folder, paths or PIL images, 3-5 of one thing. init_word: a coarse description whose
     embedding the word starts from. vectors: how many vectors the word has. steps, batch_size and
     lr default to the paper's (5000, 4, 0.005) or to what suits the bundled model; the optimizer's
-    rate is lr * batch_size (appendix F). templates: prompts with {} for the word, one drawn anew
-    for each picture of each step. flip: mirror half of the pictures; switch it off for things
-    with writing on them. weight_decay: the paper's code leaves AdamW's default of 0.01 on, which
-    pulls v* towards 0; here it is off unless asked for. The same seed gives the same word.
+    rate is lr * batch_size (appendix F), and lr may be "base", "high" or "low". templates: prompts
+    with {} for the word, one drawn anew for each picture of each step; or such a list for each
+    picture. flip: mirror half of the pictures; switch it off for things with writing on them.
+    weight_decay: the paper's code leaves AdamW's default of 0.01 on, which pulls v* towards 0;
+    here it is off unless asked for.
+
+    The setups of section 5.2: regularize: weight of the squared distance of each vector from where
+    it started. progressive: the second vector joins after 2/5 of the steps, the third after 4/5
+    (the paper: 2000 and 4000 of 5000). per_image: also learn a word for each picture, to hold what
+    only that picture shows; the prompts end "with" it.
+
+    resume: the `tensors` of a State; steps are counted from the very beginning. The same seed
+    gives the same word, to the last bit, resumed or not, on the same machine and precision.
 
     Nothing but the vectors gets a gradient. Raises ValueError for pictures, words and numbers
-    that cannot be used.
+    that cannot be used, and NotFinite where a step gives NaN or infinity.
     """
-    defaults = TRAINING.get(model.name, PAPER)
-    steps = defaults["steps"] if steps is None else steps
-    batch_size = defaults["batch_size"] if batch_size is None else batch_size
-    lr = defaults["lr"] if lr is None else lr
-    for name, value in dict(steps=steps, batch_size=batch_size, lr=lr, vectors=vectors).items():
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name} is {value}; it must be more than 0")
-    if not templates or not all("{}" in template for template in templates):
-        raise ValueError("every template needs a {} where the word goes, as in 'a photo of a {}'")
+    steps, batch_size, lr = hyperparameters(model, steps, batch_size, lr)
+    check_range(1, vectors=vectors)
+    check_range(0, weight_decay=weight_decay, regularize=regularize, seed=seed)
     check_placeholder(model, placeholder)
-
     pixels = prepare_images(images, model.size)
-    both = torch.cat([pixels, pixels.flip(-1)]) if flip else pixels
-    # The autoencoder runs once. z ~ E(x) is drawn anew from its moments in every step.
-    moments = [model.encode_moments(image[None]) for image in both]
-    mean, std = (torch.cat(parts) for parts in zip(*moments))
+    texts = texts_by_picture(templates, len(pixels))
+    mean, std = latent_moments(model, pixels, flip)
 
-    word = initial_vectors(model, init_word, vectors).to(model.device).requires_grad_()
+    start = initial_vectors(model, init_word, vectors).to(model.device)
     metadata = dict(init_word=init_word, steps=0, lr=lr * batch_size, batch_size=batch_size)
     metadata |= dict(seed=seed, base_model=model.name, base_model_hash=model.fingerprint)
-    metadata |= dict(templates=json.dumps(list(templates)))
-    concept = Concept(placeholder, word, {k: str(v) for k, v in metadata.items()})
-    optimizer = torch.optim.AdamW([word], lr=lr * batch_size, weight_decay=weight_decay)
+    metadata |= dict(templates=json.dumps(texts[0]))
+    word = Concept(placeholder, start.clone(), {k: str(v) for k, v in metadata.items()})
+    image_words = first_image_words(model, placeholder, len(pixels)) if per_image else []
+    words = [word, *image_words]
+    warn_of_cuts(model, [fill(text, words, -1) for texts_ in texts for text in texts_], words)
+    parameters = [w.vectors.requires_grad_() for w in words]
+    optimizer = torch.optim.AdamW(parameters, lr=lr * batch_size, weight_decay=weight_decay)
+    done = restore(words, optimizer, resume) if resume else 0
 
-    generator = torch.Generator().manual_seed(seed)
-    draw = random.Random(seed)
     model.unet.gradient_checkpointing = gradient_checkpointing
     try:
-        for step in range(1, steps + 1):
-            rows = torch.randint(len(both), (batch_size,), generator=generator).to(mean.device)
+        for step in range(done + 1, steps + 1):
+            draw, generator = draws_of_step(seed, step)
+            rows = torch.randint(len(mean), (batch_size,), generator=generator)
             z = mean[rows] + std[rows] * normal(mean[rows], generator)
             t = torch.randint(model.schedule.length, (batch_size,), generator=generator)
-            prompts = [draw.choice(templates).format(placeholder) for _ in range(batch_size)]
             noise = normal(z, generator)
+            shown = [i % len(pixels) for i in rows.tolist()]
+            prompts = [fill(draw.choice(texts[i]), words, i) for i in shown]
+            if progressive:
+                used = 1 + (step - 1) * 5 // (2 * steps)
+                words[0] = replace(word, vectors=word.vectors[:used])
 
-            loss = diffusion_loss(model, z, prompts, [concept], t.to(z.device), noise)
+            loss = diffusion_loss(model, z, prompts, words, t.to(z.device), noise)
+            drift = ((word.vectors - start) ** 2).sum(dim=1).mean()
             optimizer.zero_grad()
-            loss.backward()
+            (loss + regularize * drift).backward()
+            if not all(p.grad.isfinite().all() for p in parameters):
+                raise NotFinite("gradient")
             optimizer.step()
-            concept.metadata["steps"] = str(step)
-            yield State(step, loss.detach(), concept)
+            word.metadata["steps"] = str(step)
+            yield State(step, loss.detach(), word, image_words, optimizer)
+    except NotFinite as error:
+        raise NotFinite(
+            f"step {step}: the {error} gave NaN or infinity; the word is left as it was before "
+            "that step; try --precision bf16 or fp32, or a lower --lr"
+        ) from None
     finally:
         model.unet.gradient_checkpointing = False
+
+
+def check_range(least: float, **numbers: float) -> None:
+    for name, number in numbers.items():
+        if not least <= number < 2**53:  # NaN is refused too
+            raise ValueError(f"{name} is {number}; it must be at least {least:g}")
+
+
+def hyperparameters(model: LatentDiffusion, steps, batch_size, lr) -> tuple[int, int, float]:
+    """What was asked for, else the paper's or the bundled model's."""
+    defaults = TRAINING.get(model.name, PAPER)
+    if isinstance(lr, str):
+        if lr not in RATES:
+            raise ValueError(f"lr {lr!r} is not known; use a number, {', '.join(RATES)}")
+        lr = defaults["lr"] * RATES[lr]
+    given = dict(steps=steps, batch_size=batch_size, lr=lr)
+    chosen = {k: defaults[k] if v is None else v for k, v in given.items()}
+    check_range(1, steps=chosen["steps"], batch_size=chosen["batch_size"])
+    check_range(1e-9, lr=chosen["lr"])
+    return chosen["steps"], chosen["batch_size"], chosen["lr"]
+
+
+def texts_by_picture(templates, pictures: int) -> list[list[str]]:
+    """The templates of each picture, checked."""
+    shared = not templates or isinstance(templates[0], str)
+    texts = [list(templates)] * pictures if shared else [list(t) for t in templates]
+    if len(texts) != pictures:
+        raise ValueError(f"captions for {len(texts)} pictures, but {pictures} pictures")
+    if not all(texts) or not all("{}" in text for own in texts for text in own):
+        raise ValueError("every template needs a {} where the word goes, as in 'a photo of a {}'")
+    return texts
+
+
+def fill(template: str, words: Sequence[Concept], picture: int) -> str:
+    """The prompt for a picture: the word in its place, then the picture's own word, if any."""
+    prompt = template.replace("{}", words[0].placeholder)
+    return f"{prompt} with {words[1:][picture].placeholder}" if len(words) > 1 else prompt
+
+
+def latent_moments(model: LatentDiffusion, pixels: Tensor, flip: bool) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of the latents of pixels (N, 3, H, W), then of their mirror images.
+
+    The autoencoder runs once; z ~ E(x) is drawn anew from these moments in every step.
+    """
+    both = torch.cat([pixels, pixels.flip(-1)]) if flip else pixels
+    moments = [model.encode_moments(image[None]) for image in both]
+    mean, std = (torch.cat(parts) for parts in zip(*moments))
+    if not (mean.isfinite().all() and std.isfinite().all()):
+        raise NotFinite("the autoencoder gave NaN or infinity; try --precision bf16 or fp32")
+    return mean, std
+
+
+def first_image_words(model: LatentDiffusion, placeholder: str, count: int) -> list[Concept]:
+    """<s>-1, <s>-2, ...: a word of one vector for each picture, all at the mean of the table,
+    where they mean nothing in particular."""
+    mean = model.text_encoder.token_table.float().mean(0, keepdim=True)
+    return [Concept(f"{placeholder}-{i + 1}", mean.clone()) for i in range(count)]
+
+
+def draws_of_step(seed: int, step: int) -> tuple[random.Random, torch.Generator]:
+    """The random numbers of one step follow from its number, so that no state need be kept."""
+    draw = random.Random(f"{seed} {step}")
+    return draw, torch.Generator().manual_seed(draw.getrandbits(32))
 
 
 def normal(like: Tensor, generator: torch.Generator) -> Tensor:
@@ -375,9 +504,7 @@ def invert(model: LatentDiffusion, images: Images, init_word: str, **options) ->
     """The learnt word of `train` after its last step; same arguments."""
     for state in train(model, images, init_word, **options):
         pass
-    return Concept(
-        state.concept.placeholder, state.concept.vectors.detach(), state.concept.metadata
-    )
+    return replace(state.concept, vectors=state.concept.vectors.detach())
 
 
 # -------------------------------------------------------------------------------------- sampling
@@ -394,8 +521,21 @@ def check_concepts(model: LatentDiffusion, concepts: Sequence[Concept]) -> None:
                 f"({concept.metadata.get('base_model', 'unknown')})"
             )
         if concept.placeholder in seen:
-            raise ValueError(f"two words are called {concept.placeholder}; load only one of them")
+            raise ValueError(
+                f"two words are called {concept.placeholder}; give one another name: "
+                f"--rename FILE='<another>'"
+            )
+        check_placeholder(model, concept.placeholder)
         seen.add(concept.placeholder)
+
+
+def warn_of_cuts(model: LatentDiffusion, prompts: Sequence[str], concepts: Sequence[Concept]):
+    """Warn of each prompt that has more tokens than the text encoder reads."""
+    room = model.tokenizer.max_length - 2
+    for prompt in dict.fromkeys(prompts):
+        count = len(model.tokenizer.words(prompt, model.placeholders(concepts)))
+        if count > room:
+            warnings.warn(f"{prompt!r} has {count} tokens, only the first {room} are read")
 
 
 @torch.no_grad()
@@ -419,11 +559,16 @@ def sample(
     for numbers out of range and for words that do not belong to this model.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if n < 1 or not 0 <= eta <= 1:
-        raise ValueError(f"n is {n} and eta {eta}; n must be at least 1 and eta from 0 to 1")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta}; it goes from 0 (DDIM) to 1 (as noisy as DDPM)")
+    check_range(1, n=n, batch_size=batch_size)
+    check_range(0, seed=seed)
     check_concepts(model, concepts)
+    warn_of_cuts(model, prompts, concepts)
     if guidance_scale is None:
         guidance_scale = GUIDANCE.get(model.name, 7.5)
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale is {guidance_scale}; use 1 (none) to about 15")
     size = model.size if size is None else size
     shape = model.latent_shape((size, size) if isinstance(size, int) else size)
     uncond = model.encode_text([""])
@@ -455,183 +600,61 @@ def unknown_words(prompts: Sequence[str], concepts: Sequence[Concept]) -> list[s
     return [word for word in dict.fromkeys(found) if word not in known]
 
 
-# ---------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------- measuring
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="textinv.py", description=__doc__.splitlines()[0])
-    verbs = parser.add_subparsers(dest="verb", required=True)
-
-    shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--model", metavar="PATH", help="checkpoint; without it the bundled model")
-    shared.add_argument("--family", choices=FAMILIES, help="if the file's keys do not tell")
-    shared.add_argument("--prediction", choices=("eps", "v"), help="if the file does not tell")
-    shared.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
-    shared.add_argument("--precision", choices=PRECISIONS, help="the device's best by default")
-    shared.add_argument("--seed", type=int, default=0)
-    shared.add_argument("--overwrite", action="store_true", help="replace files of this name")
-
-    p = verbs.add_parser("invert", parents=[shared], help="learn a word from pictures")
-    p.add_argument("images", help="folder with 3-5 pictures of one thing")
-    p.add_argument("--init-word", metavar="WORDS", help="coarse description to start from: cat")
-    p.add_argument("--placeholder", metavar="WORD", help="what to call it; <NAME OF --out>")
-    p.add_argument("--out", metavar="FILE", help="NAME OF FOLDER.safetensors by default")
-    p.add_argument("--vectors", type=int, default=1, help="vectors per word (default 1)")
-    p.add_argument("--steps", type=int)
-    p.add_argument("--batch-size", type=int)
-    p.add_argument("--lr", type=float, help="base rate; multiplied by the batch size")
-    p.add_argument("--weight-decay", type=float, default=0.0)
-    p.add_argument("--templates", default="object", help="object, style, or one: 'a photo of {}'")
-    p.add_argument("--no-flip", action="store_true", help="do not mirror the pictures")
-    p.add_argument("--gradient-checkpointing", action="store_true", help="less memory, slower")
-    p.add_argument("--preview-every", type=int, metavar="STEPS", help="0 for none")
-    p.set_defaults(run=run_invert)
-
-    p = verbs.add_parser("sample", parents=[shared], help="draw prompts")
-    p.add_argument("prompts", nargs="+", metavar="PROMPT")
-    p.add_argument("--concept", action="append", default=[], metavar="FILE", help="learnt word")
-    p.add_argument("-n", type=int, default=4, help="pictures per prompt (default 4)")
-    p.add_argument("--steps", type=int, default=50, help="DDIM steps (default 50)")
-    p.add_argument("--guidance", type=float)
-    p.add_argument("--eta", type=float, default=0.0)
-    p.add_argument("--size", metavar="W[xH]", help="pixels; the model's own size by default")
-    p.add_argument("--out", default="grid.png", metavar="FILE", help="the grid (grid.png)")
-    p.add_argument("--singles", metavar="FOLDER", help="also write each picture by itself")
-    p.set_defaults(run=run_sample)
-    return parser
+RECONSTRUCTION = "A photo of {}"
 
 
-def load_for(args: argparse.Namespace) -> LatentDiffusion:
-    model = load_model(
-        args.model, args.device, PRECISIONS.get(args.precision), args.family, args.prediction
-    )
-    print(model)
-    return model
+def evaluate(
+    model: LatentDiffusion,
+    scorer: Scorer,
+    images: Images,
+    texts: Sequence[str] | None,
+    concepts: Sequence[Concept] = (),
+    prompts: Mapping[str, Sequence[str]] | None = None,
+    n: int = 64,
+    steps: int = 50,
+    guidance_scale: float | None = None,
+    seed: int = 0,
+) -> Iterator[dict]:
+    """Section 5.1: how like the pictures, and how obedient to the prompt; yields a row per prompt.
 
+    images: the pictures that the word was learnt from. texts: what stands for {} in the prompts:
+    [a placeholder] of `concepts`, human captions (n samples shared out among them), [""] for
+    "prompt only", or None for "image only", where the pictures themselves are what is scored.
+    prompts: {kind: prompts}, by default models/evaluation_prompts.txt. A row is {"kind", "prompt",
+    "score"}; the kind of the first, "A photo of {}", is "reconstruction". Raises ValueError as
+    `sample` does.
+    """
+    prompts = read_prompts() if prompts is None else prompts
+    pictures = find_images(images) if isinstance(images, (str, Path)) else images
+    originals = scorer.images([open_image(picture) for picture in pictures])
 
-def write_png(path: str | Path, image: Image.Image, text: dict, overwrite: bool) -> None:
-    """A PNG whose text chunks say how it was made."""
-    info = PngImagePlugin.PngInfo()
-    for key, value in text.items():
-        info.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
-    with tempfile.SpooledTemporaryFile() as buffer:
-        image.save(buffer, "PNG", pnginfo=info)
-        buffer.seek(0)
-        write_file(path, buffer.read(), overwrite)
+    def features(prompt: str) -> Tensor:
+        drawn = []
+        for i, text in enumerate(texts):
+            share = len(range(i, n, len(texts)))
+            filled = without_placeholder(prompt.replace("{}", text), "")
+            options = dict(steps=steps, guidance_scale=guidance_scale, seed=seed + i)
+            drawn += sample(model, filled, concepts, n=share, **options) if share else []
+        return scorer.images(drawn)
 
-
-@torch.no_grad()
-def clip_similarity(images: Sequence[Image.Image], captions: Sequence[str]) -> Tensor:
-    """Cosines (N, M) between N pictures and M captions, in the space of the bundled CLIP."""
-    clip = load_clip()
-    tokenizer = WordPieceTokenizer.load(BUNDLED / "vocab.txt", clip.config.text.max_length)
-    ids = torch.tensor([tokenizer.pad(tokenizer.encode(c)) for c in captions])
-    text = F.normalize(clip.encode_text(ids, tokenizer.end_id), dim=-1)
-    pixels = preprocess(images, clip.config.vision.image_size)
-    return F.normalize(clip.encode_image(pixels), dim=-1) @ text.T
-
-
-def near_words(paths: Sequence[Path], count: int = 5) -> str:
-    """The trained words of the bundled model that look most like the pictures."""
-    words = json.loads((BUNDLED / "config.json").read_text())["nouns"]
-    pictures = [open_image(path) for path in paths]
-    cosines = clip_similarity(pictures, [f"a photo of a {word}" for word in words]).mean(0)
-    return ", ".join(words[i] for i in cosines.topk(count).indices)
-
-
-def peak_memory(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-    unit = 1 if sys.platform == "darwin" else 1024
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GiB"
-
-
-def run_invert(args: argparse.Namespace) -> None:
-    name = Path(args.out).stem if args.out else Path(args.images).resolve().stem
-    out = free_target(Path(args.out or f"{name}.safetensors"), args.overwrite)
-    placeholder = args.placeholder if args.placeholder is not None else f"<{name}>"
-    paths = find_images(args.images)
-    if not args.init_word:
-        raise ValueError(
-            "--init-word is missing: the coarse word for what the pictures show (cat, mug, "
-            f"painting), from which the new word starts; nearest here: {near_words(paths)}"
-        )
-    model = load_for(args)
-    ids = model.tokenizer.words(args.init_word)
-    print(f"init word {args.init_word!r}: {len(ids)} token(s), ids {ids}; {args.vectors} vector(s)")
-    pictures = to_pil(prepare_images(paths, model.size))
-    options = dict(placeholder=placeholder, vectors=args.vectors, seed=args.seed)
-    options |= dict(steps=args.steps, batch_size=args.batch_size, lr=args.lr)
-    options |= dict(templates=TEMPLATES.get(args.templates, (args.templates,)))
-    options |= dict(flip=not args.no_flip, weight_decay=args.weight_decay)
-    options |= dict(gradient_checkpointing=args.gradient_checkpointing)
-    steps = args.steps if args.steps is not None else TRAINING.get(model.name, PAPER)["steps"]
-    every = args.preview_every if args.preview_every is not None else max(1, steps // 3)
-    print(f"learning {placeholder} from {len(pictures)} pictures, {steps} steps, to {out}")
-
-    beside = str(out.with_suffix(""))
-    loss = 0.0
-    for state in train(model, pictures, args.init_word, **options):
-        if state.step == 1:  # the arguments were good
-            progress = tqdm(total=steps, unit="step")
-            text = {"what": "what the model sees"}
-            write_png(f"{beside}.inputs.png", grid(pictures), text, True)
-        progress.update()
-        if state.step % 10 == 0:
-            loss = state.loss.item() if not loss else 0.9 * loss + 0.1 * state.loss.item()
-            progress.set_postfix(loss=f"{loss:.4f}", peak=peak_memory(model.device))
-        if every and state.step % every == 0 and state.step < steps:
-            prompt = f"a photo of {placeholder}"
-            shown = sample(model, prompt, [state.concept], n=4, steps=20, seed=args.seed)
-            write_png(f"{beside}.step-{state.step}.png", grid(shown), {"prompt": prompt}, True)
-    progress.close()
-    state.concept.save(out, args.overwrite)
-    print(f"wrote {out}; try: python textinv.py sample 'a photo of {placeholder}' --concept {out}")
-
-
-def run_sample(args: argparse.Namespace) -> None:
-    out = free_target(Path(args.out), args.overwrite)
-    concepts = [load_concept(path) for path in args.concept]
-    for word in unknown_words(args.prompts, concepts):
-        known = ", ".join(c.placeholder for c in concepts) or "none"
-        warnings.warn(f"{word} is no learnt word (known: {known}); it is read as plain text")
-    size = None
-    if args.size:
-        if not re.fullmatch(r"\d+(x\d+)?", args.size):
-            raise ValueError(f"--size {args.size} is not a size; use 512 or 512x768")
-        size = tuple(int(s) for s in (args.size.split("x") * 2)[:2])
-    model = load_for(args)
-    settings = dict(steps=args.steps, eta=args.eta, seed=args.seed, size=size or model.size)
-    guidance = GUIDANCE.get(model.name, 7.5) if args.guidance is None else args.guidance
-    settings |= dict(guidance_scale=guidance)
-    print(f"drawing {len(args.prompts)} prompt(s) x {args.n}, {args.steps} DDIM steps, to {out}")
-    rows = []
-    for prompt in tqdm(args.prompts, unit="prompt", disable=len(args.prompts) == 1):
-        images = sample(model, prompt, concepts, n=args.n, **settings)
-        for i, image in enumerate(images):
-            if args.singles:
-                path = Path(args.singles) / f"{len(rows) + i:04d}.png"
-                text = {"prompt": prompt, "settings": settings | dict(seed=args.seed + i)}
-                write_png(path, image, text, args.overwrite)
-        rows += images
-    columns = args.n if len(args.prompts) > 1 else None
-    text = {"prompt": "\n".join(args.prompts), "settings": settings | dict(model=model.name)}
-    write_png(out, grid(rows, columns), text, args.overwrite)
-    print(f"wrote {out}")
+    kinds = [("reconstruction", RECONSTRUCTION)]
+    kinds += [(kind, prompt) for kind, listed in prompts.items() for prompt in listed]
+    for kind, prompt in kinds:
+        drawn = originals if texts is None else features(prompt)
+        if kind == "reconstruction":
+            score = reconstruction(drawn, originals)
+        else:
+            score = editability(drawn, scorer.texts([without_placeholder(prompt, "{}")]))
+        yield dict(kind=kind, prompt=prompt, score=score)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; 0, or 2 with one line on standard error for a user's mistake."""
-    warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
-    args = build_parser().parse_args(argv)
-    try:
-        args.run(args)
-    except (ValueError, OSError) as error:
-        print(f"textinv: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    """The command line, `python textinv.py invert ...`: see models/command_line.py."""
+    from models.command_line import main  # which imports this file
+
+    return main(argv)
 
 
 if __name__ == "__main__":

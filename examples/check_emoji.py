@@ -19,6 +19,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 from emoji_data import TRAINED, split_names  # noqa: E402
 
 import textinv  # noqa: E402
+from models.evaluation import Scorer  # noqa: E402
 
 PROMPTS = """
 a photo of an apple on a blue background
@@ -75,7 +76,8 @@ def main() -> None:
     textinv.grid([i.resize((128, 128)) for i in images], columns=8).save(args.out)
 
     captions = PROMPTS + other_captions(26)
-    nearest = textinv.clip_similarity(images, captions).argmax(1)
+    scorer = Scorer.load()
+    nearest = (scorer.images(images) @ scorer.texts(captions).T).argmax(1)
     for i, best in enumerate(nearest):
         if best != i:
             print(f"{PROMPTS[i]!r} looks like {captions[best]!r}")

@@ -298,7 +298,8 @@ def caption(rng: random.Random, name: str, style: str, place: str, medium: str, 
 
 
 def compose(sprites: Tensor, bank: Tensor, names: list[str], coarse: list[str], n: int, seed: int):
-    """n random scenes: pictures (n, 3, 64, 64) in [0, 1], captions, and (name, place, medium)."""
+    """n random scenes: pictures (n, 3, 64, 64) in [0, 1], captions, (name, place, medium), and
+    how much of each pixel is the thing's (n, 64, 64)."""
     rng = random.Random(seed)
     g = torch.Generator().manual_seed(seed)
     who = torch.randint(len(names), (n,), generator=g)
@@ -346,7 +347,8 @@ def compose(sprites: Tensor, bank: Tensor, names: list[str], coarse: list[str], 
         rows = [i for i, m in enumerate(media) if m == medium]
         if apply and rows:
             pictures[rows] = apply(pictures[rows])
-    return pictures.clamp(0, 1), captions, [(names[w], p, m) for w, p, m in zip(who, places, media)]
+    facts = [(names[w], p, m) for w, p, m in zip(who, places, media)]
+    return pictures.clamp(0, 1), captions, facts, layer[:, 3]
 
 
 class Scenes:

@@ -33,7 +33,7 @@ BLUEPRINTS = "house noto, car twemoji, guitar fluent, robot noto, sailboat twemo
 def photos(sprite: Tensor, bank: Tensor, places: list[str], seed: int) -> list[Tensor]:
     """One photo (3, 64, 64) of the sprite in each place."""
     sprites = sprite.expand(1, 3, -1, -1, -1)  # the same drawing for all three vendors
-    pictures, _, facts = compose(sprites, bank, ["thing"], ["thing"], 300, seed)
+    pictures, _, facts, _ = compose(sprites, bank, ["thing"], ["thing"], 300, seed)
     shown = [(place, medium) for _, place, medium in facts]
     return [pictures[shown.index((place, "photo"))] for place in places]
 

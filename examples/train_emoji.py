@@ -238,13 +238,15 @@ def load_autoencoder(scenes: Scenes, work: Path) -> Autoencoder:
 
 @torch.no_grad()
 def cache_latents(scenes: Scenes, work: Path, tokenizer: WordPieceTokenizer) -> dict[str, Tensor]:
-    """Means and deviations of the scaled latents of CACHED scenes, and the captions' ids."""
+    """Means and deviations of the scaled latents of CACHED scenes, the captions' ids, and how much
+    of each latent pixel is the thing's."""
     path = work / "latents.pt"
     if path.exists():
         return torch.load(path, weights_only=True)
-    model, rows = load_autoencoder(scenes, work), {"mean": [], "std": [], "ids": []}
+    model, rows = load_autoencoder(scenes, work), {"mean": [], "std": [], "ids": [], "thing": []}
     for seed in range(0, CACHED, 512):
-        pictures, captions, _ = scenes.batch(512, 10_000_000 + seed)
+        pictures, captions, _, alpha = scenes.batch(512, 10_000_000 + seed)
+        rows["thing"].append(F.avg_pool2d(alpha, 4))
         for part in (pictures * 2 - 1).split(32):
             mean, std = model.encode(part)
             rows["mean"].append(mean * SCALE)
@@ -289,8 +291,10 @@ def train_diffusion(scenes: Scenes, work: Path, minutes: float, batch: int = 96)
         x_t, target = schedule.q_sample(x_0, t, noise), schedule.target(x_0, t, noise)
         with fast_cpu():
             prediction = unet(x_t, t, text(text.token_table[ids])).float()
-        error = ((prediction - target) ** 2).mean((1, 2, 3))
-        trainer.update((weight[t] * error).mean())
+        error = ((prediction - target) ** 2).mean(1)
+        # What can be learnt lies in the thing; the background's ripples and stars are chance.
+        importance = 0.5 + cache["thing"][rows]
+        trainer.update((weight[t, None, None] * importance * error).mean())
         plain = error.mean().item()
         average = plain if average is None else average + 0.02 * (plain - average)
         trainer.report(f"v error {average:.4f}", batch)
@@ -319,7 +323,7 @@ def train_clip(scenes: Scenes, work: Path, minutes: float, batch: int = 128) -> 
     trainer = Trainer(clip, work / "clip.pt", minutes, lr=2e-3, decay=0.995)
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (MEAN, STD))
     while trainer.done < 1:
-        pictures, captions, _ = scenes.batch(batch, 50_000_000 + trainer.step)
+        pictures, captions, _, _ = scenes.batch(batch, 50_000_000 + trainer.step)
         if trainer.step % 2:  # pictures that a model draws are a little soft
             pictures = F.avg_pool2d(pictures, 3, 1, 1, count_include_pad=False)
         ids = torch.tensor([tokenizer.pad(tokenizer.encode(c)) for c in captions])

@@ -234,10 +234,25 @@ def rebuild_tensor(storage, offset, shape, stride, *_) -> Stored:
 
 
 ADMITTED = {
-    ("collections", "OrderedDict"): OrderedDict,
+    ("collections", "OrderedDict"): lambda: OrderedDict(),  # filled later, through the checks below
     ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
 } | {("torch", storage): dtype for _, storage, dtype in NUMBERS}
+
+
+def hashing(opcode: bytes, keys: Callable[[list], list]) -> Callable:
+    """The opcode's own code, after a look at what it will hash. Trap: a tuple of tuples that share
+    their parts, a few bytes in a pickle, takes years to hash."""
+    own_code = pickle._Unpickler.dispatch[opcode[0]]
+
+    def load(unpickler) -> None:
+        for key in keys(unpickler.stack):
+            parts = key if isinstance(key, tuple) else [key]
+            if any(isinstance(part, (tuple, frozenset)) for part in parts):
+                raise ValueError("nested keys")
+        own_code(unpickler)
+
+    return load
 
 
 class RestrictedUnpickler(pickle._Unpickler):
@@ -248,6 +263,14 @@ class RestrictedUnpickler(pickle._Unpickler):
     The unpickler in Python, not the one in C: there one opcode can ask for gigabytes.
     """
 
+    dispatch = pickle._Unpickler.dispatch | {
+        pickle.SETITEM[0]: hashing(pickle.SETITEM, lambda stack: stack[-2:-1]),
+        pickle.SETITEMS[0]: hashing(pickle.SETITEMS, lambda stack: stack[::2]),
+        pickle.DICT[0]: hashing(pickle.DICT, lambda stack: stack[::2]),
+        pickle.ADDITEMS[0]: hashing(pickle.ADDITEMS, lambda stack: stack),
+        pickle.FROZENSET[0]: hashing(pickle.FROZENSET, lambda stack: stack),
+    }
+
     def __init__(self, archive: "TorchArchive", data):
         super().__init__(data)
         self.archive = archive
@@ -257,7 +280,9 @@ class RestrictedUnpickler(pickle._Unpickler):
 
     def persistent_load(self, identifier):
         _, dtype, key, _, count = identifier
-        return self.archive.storage(str(key), dtype, int(count))
+        if not isinstance(key, str):  # trap: to write out nested tuples can take all memory
+            raise ValueError("a storage without a name")
+        return self.archive.storage(key, dtype, int(count))
 
 
 class TorchArchive:
@@ -288,6 +313,23 @@ class TorchArchive:
         return self.file, start, count, dtype
 
 
+def scripted(module: Stub) -> State:
+    """The tensors of a TorchScript archive, which pickles its modules: a stub for each of them,
+    whose state holds its tensors and its submodules. Every module counts once, so neither a cycle
+    nor a shared one keeps us busy; nothing of the archive's code is read."""
+    state, rest, seen = {}, [("", module)], set()
+    while rest:
+        prefix, module = rest.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            for name, value in (module.state or {}).items():
+                if isinstance(value, Stored):
+                    state[f"{prefix}{name}"] = value
+                elif isinstance(value, Stub):
+                    rest.append((f"{prefix}{name}.", value))
+    return state
+
+
 def open_state(path: Path) -> State:
     """The tensors of one checkpoint file, whatever its format; `CheckpointError` if it has none."""
     with checking(path):
@@ -295,6 +337,8 @@ def open_state(path: Path) -> State:
             if file.read(4) != ZIP:
                 return open_safetensors(path)
         content = TorchArchive(path).content
+        if isinstance(content, Stub):
+            content = scripted(content)
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict):
@@ -578,6 +622,14 @@ def find_family(state: State, path: Path) -> str:
     raise CheckpointError(f"{path}: not a text-to-image model, found {some(state)}; {EXPECTED}")
 
 
+def holds_model(path: Path) -> bool:
+    """Whether a file is a checkpoint of a text-to-image model, supported or not."""
+    try:
+        return any(key.startswith("model.diffusion_model.") for key in open_state(path))
+    except CheckpointError:
+        return False
+
+
 def settings_beside(path: Path) -> dict[str, str]:
     """Plain `key: value` lines of the original configuration beside a file, where there is one:
     model.yaml beside model.ckpt, or config.yaml."""
@@ -714,6 +766,20 @@ def best_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def find_device(name: str | torch.device | None) -> torch.device:
+    """The device of that name, the best there is for None; ValueError if it is not here."""
+    try:
+        device = best_device() if name is None else torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device {name!r} is not known; use cuda, mps or cpu") from None
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device.type != "cpu" and not here.get(device.type):
+        raise ValueError(
+            f"no {device.type} device here; use --device cpu, or install a torch that supports it"
+        )
+    return device
+
+
 def best_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
@@ -753,9 +819,7 @@ def load_model(
     if prediction not in (None, "eps", "v"):
         raise ValueError(f"prediction {prediction!r} is not known; use eps or v")
     path = Path(path) if path is not None else BUNDLED
-    device = torch.device(device) if device is not None else best_device()
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("no CUDA device here; use --device cpu, or install torch with CUDA")
+    device = find_device(device)
     dtype = dtype or best_dtype(device)
     with checking(path):
         return assemble(take_apart(path, family), device, dtype, prediction)
@@ -806,40 +870,80 @@ def fingerprint(weights: Stored) -> str:
     return hashlib.sha256(weights.read(torch.float16).numpy().tobytes()).hexdigest()[:16]
 
 
+CLIP_EXPECTED = (
+    "expected a CLIP with both towers: OpenAI's .pt, its state_dict, or a file or folder in the "
+    "layout of transformers"
+)
+
+
 def load_clip(path: str | Path | None = None) -> CLIP:
-    """CLIP with both towers, float32, from a state_dict in the layout of `transformers` or of
-    OpenAI; None for the bundled one."""
+    """CLIP with both towers (the paper measures with OpenAI's ViT-B/32), float32, on the CPU.
+
+    path: OpenAI's published .pt, a TorchScript archive of which only the tensors are read; its
+    state_dict; model.safetensors of the layout of `transformers`, or the folder it is in, with the
+    config.json beside it; None for the bundled one. Raises `CheckpointError`, a ValueError, for
+    anything else.
+    """
     path = Path(path) if path is not None else BUNDLED / "clip.safetensors"
-    with checking(path):
-        state = open_state(path)
-        if "visual.conv1.weight" in state:
-            visual = part(state, "visual.")
-            state = {k: v for k, v in state.items() if not k.startswith("visual.")}
-            projections = {
-                "visual_projection.weight": visual.pop("proj").transpose(),
-                "text_projection.weight": state.pop("text_projection").transpose(),
-                "logit_scale": state.pop("logit_scale"),
-            }
-            for scalar in ("input_resolution", "context_length", "vocab_size"):
-                state.pop(scalar, None)
-            towers = (
-                ("text_model", clip_from_openai(state)),
-                ("vision_model", clip_from_openai(visual)),
-            )
-            state = projections | {f"{t}.{k}": v for t, tower in towers for k, v in tower.items()}
-        state = {k: v for k, v in state.items() if not k.endswith("position_ids")}
-        patches = state["vision_model.embeddings.patch_embedding.weight"].shape
-        positions = state["vision_model.embeddings.position_embedding.weight"].shape[0]
-        vision = VisionConfig(
+    try:
+        with checking(path):
+            folder = (path / "config.json").is_file()
+            return assemble_clip(component(path)[0] if folder else open_state(path), path)
+    except CheckpointError as error:
+        raise CheckpointError(str(error).replace(EXPECTED, CLIP_EXPECTED)) from error
+
+
+def towers_from_openai(state: State) -> State:
+    """OpenAI's layout in the names of `transformers`. Its two projections multiply from the right;
+    the .pt has three sizes as scalars, and a traced module keeps its mask beside its weights."""
+    unused = ("input_resolution", "context_length", "vocab_size")
+    state = {k: v for k, v in state.items() if k not in unused and not k.endswith("attn_mask")}
+    visual = part(state, "visual.")
+    text = {k: v for k, v in state.items() if not k.startswith("visual.")}
+    projections = {
+        "visual_projection.weight": visual.pop("proj").transpose(),
+        "text_projection.weight": text.pop("text_projection").transpose(),
+        "logit_scale": text.pop("logit_scale"),
+    }
+    towers = (("text_model", text), ("vision_model", visual))
+    return projections | {
+        f"{name}.{k}": v for name, tower in towers for k, v in clip_from_openai(tower).items()
+    }
+
+
+def assemble_clip(state: State, path: Path) -> CLIP:
+    """Sizes come from the shapes. The heads (64 channels each) and QuickGELU are OpenAI's unless a
+    config.json in the layout of `transformers` says otherwise, as LAION's do."""
+    text_settings, vision_settings = {}, {}
+    if "visual.conv1.weight" in state:
+        state = towers_from_openai(state)
+    else:
+        settings = read_json((path if path.is_dir() else path.parent) / "config.json")
+        text_settings = settings.get("text_config") or {}
+        vision_settings = settings.get("vision_config") or {}
+    for key in ("visual_projection.weight", "text_projection.weight"):
+        if key not in state:
+            raise CheckpointError(f"{path}: has no {key}, found {some(state)}; {CLIP_EXPECTED}")
+    state = {k: v for k, v in state.items() if not k.endswith("position_ids")}
+    patches = state["vision_model.embeddings.patch_embedding.weight"].shape
+    positions = state["vision_model.embeddings.position_embedding.weight"].shape[0]
+    config = CLIPConfig(
+        text=text_config(state, text_settings.get("num_attention_heads"), quick(text_settings)),
+        vision=VisionConfig(
             width=patches[0],
             layers=count(state, r"vision_model\.encoder\.layers\.(\d+)\."),
-            heads=max(1, patches[0] // 64),
+            heads=vision_settings.get("num_attention_heads") or max(1, patches[0] // 64),
+            quick_gelu=quick(vision_settings),
             patch_size=patches[2],
-            image_size=round((positions - 1) ** 0.5) * patches[2],
-        )
-        config = CLIPConfig(
-            text=text_config(state, heads=None, quick_gelu=True),
-            vision=vision,
-            width=state["text_projection.weight"].shape[0],
-        )
-        return fill(lambda: CLIP(config), state, torch.float32, "cpu", path)
+            image_size=math.isqrt(positions - 1) * patches[2],
+        ),
+        width=state["text_projection.weight"].shape[0],
+    )
+    for tower in (config.text, config.vision):
+        check_heads(path, tower.width, tower.heads)
+    return fill(lambda: CLIP(config), state, torch.float32, "cpu", path)
+
+
+def quick(settings: dict) -> bool:
+    """Whether a tower of CLIP has OpenAI's approximation of GELU, or the exact one."""
+    return settings.get("hidden_act", "quick_gelu") == "quick_gelu"

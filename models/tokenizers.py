@@ -19,6 +19,13 @@ from .mending import fix_text
 Placeholders = Mapping[str, Sequence[int]]  # {"<cat>": its V consecutive ids}
 
 
+def whole(word: str) -> str:
+    """A pattern for the word where it stands by itself: "my-cat" is not in "my-cats"."""
+    before = r"(?<!\w)" if re.match(r"\w", word) else ""
+    after = r"(?!\w)" if re.search(r"\w$", word) else ""
+    return before + re.escape(word) + after
+
+
 class Tokenizer:
     """What the two tokenizers share. Subclasses give `tokenize` and the special ids."""
 
@@ -39,7 +46,7 @@ class Tokenizer:
         if not placeholders:
             return self.tokenize(text)
         longest_first = sorted(placeholders, key=len, reverse=True)
-        pieces = re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text)
+        pieces = re.split("(" + "|".join(map(whole, longest_first)) + ")", text)
         ids: list[int] = []
         for piece in pieces:
             ids += placeholders[piece] if piece in placeholders else self.tokenize(piece)

@@ -210,3 +210,24 @@ def test_live_preprocess(size):
         reference = processor(picture, return_tensors="pt")["pixel_values"]
         assert_close_std(clip.preprocess([picture], size), reference, EXACT)
         checked += 1
+
+
+# None leaves half a pixel over, where the two crops differ (see `test_live_preprocess`).
+SHAPES = ((1, 1), (2, 3), (7, 2), (1, 40), (31, 33), (300, 200), (640, 480), (500, 33), (33, 501))
+
+
+@pytest.mark.parametrize("size", (32, 224))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_live_preprocess_of_odd_shapes(size, shape):
+    """Tiny, narrow and wide pictures. Both resize by PIL, whose bicubic filter widens with the
+    reduction (antialiasing)."""
+    transformers = pytest.importorskip("transformers")
+    name = "CLIPImageProcessorPil" if transformers.__version__ >= "5" else "CLIPImageProcessor"
+    processor = getattr(transformers, name)(
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+    )
+    w, h = shape
+    pixels = np.random.default_rng(w).integers(0, 256, (h, w, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels)
+    reference = processor(picture, return_tensors="pt")["pixel_values"]
+    assert (clip.preprocess([picture], size) - reference).abs().max() <= 1e-4

@@ -1,7 +1,5 @@
 """The method itself, on the bundled model: real training and sampling, few steps."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +73,85 @@ def test_loss_on_fixed_noise_falls(model):
     assert fixed_loss(model, concept, MUSHROOM, "plant") < before - 0.001
 
 
+def test_progressive_vectors_join_after_two_and_four_fifths(model):
+    options = dict(vectors=3, steps=10, batch_size=1, progressive=True)
+    moved = []
+    start = textinv.initial_vectors(model, "plant", 3)
+    for state in textinv.train(model, MUSHROOM, "plant", **options):
+        moved.append(((state.concept.vectors.detach() - start).abs().sum(dim=1) > 0).tolist())
+    assert moved[3] == [True, False, False] and moved[4] == [True, True, False]
+    assert moved[7] == [True, True, False] and moved[8] == [True, True, True]
+
+
+def test_regularization_holds_each_vector_by_itself(model):
+    """With a weight so large that nothing else counts, a vector that was moved goes back, and the
+    others stay where they are."""
+    options = dict(vectors=2, batch_size=1, regularize=1e6, lr=1e-3, steps=2)
+    first = next(textinv.train(model, MUSHROOM, "plant", **options))
+    saved = first.tensors()
+    start = textinv.initial_vectors(model, "plant", 2)
+    saved["0.vectors"] = start + torch.tensor([[1.0], [0.0]])
+    saved |= {f"0.{k}": torch.zeros_like(start) for k in ("exp_avg", "exp_avg_sq")}
+    after = next(textinv.train(model, MUSHROOM, "plant", resume=saved, **options)).concept.vectors
+    assert (after[0] < saved["0.vectors"][0]).all()
+    gradient = after.grad
+    torch.testing.assert_close(gradient[0], torch.full_like(gradient[0], 1e6), rtol=1e-3, atol=0)
+    assert gradient[1].abs().max() < 1
+
+
+def test_per_image_words_learn_beside_the_shared_one(model):
+    options = dict(per_image=True, steps=3, batch_size=8, placeholder="<m>")
+    *_, state = textinv.train(model, MUSHROOM, "plant", **options)
+    assert [w.placeholder for w in state.image_words] == [f"<m>-{i}" for i in range(1, 6)]
+    mean = model.text_encoder.token_table.mean(0)
+    for word in (state.concept, *state.image_words):
+        assert word.vectors.grad is not None
+        assert (word.vectors.detach() - mean).abs().max() > 0
+    words = [state.concept, *state.image_words]
+    assert textinv.fill("a photo of {}", words, 1) == "a photo of <m> with <m>-2"
+
+
+def test_templates_may_differ_from_picture_to_picture(model):
+    captions = [[f"{{}} number {i}"] for i in range(5)]
+    assert textinv.texts_by_picture(captions, 5)[3] == ["{} number 3"]
+    with pytest.raises(ValueError, match="captions for 5 pictures, but 4"):
+        textinv.texts_by_picture(captions, 4)
+    with pytest.raises(ValueError, match="needs a {}"):
+        textinv.invert(model, MUSHROOM, "plant", templates=["a photo"], steps=1)
+    textinv.invert(model, MUSHROOM, "plant", templates=["{} {braces}"], steps=1, batch_size=1)
+
+
+@pytest.mark.parametrize("rate, factor", [("base", 1), ("high", 4), ("low", 0.02)])
+def test_named_learning_rates_are_the_papers_multiples(model, rate, factor):
+    base = textinv.TRAINING["emoji"]["lr"]
+    assert textinv.hyperparameters(model, None, None, rate)[2] == pytest.approx(base * factor)
+    assert textinv.PAPER["lr"] * factor == pytest.approx({1: 5e-3, 4: 2e-2, 0.02: 1e-4}[factor])
+
+
+@pytest.mark.parametrize("part", ["text encoder", "UNet", "autoencoder"])
+def test_nan_stops_at_once_and_names_the_part(part):
+    model = textinv.load_model(device="cpu", dtype=torch.float32)
+    broken = {
+        "text encoder": model.text_encoder.transformer.norm.weight,
+        "UNet": model.unet.out[2].bias,
+        "autoencoder": model.autoencoder.quant_conv.bias,
+    }[part]
+    state = None
+    with pytest.raises(textinv.NotFinite, match=f"the {part} gave NaN or infinity"):
+        for state in textinv.train(model, MUSHROOM, "plant", steps=3, batch_size=1):
+            kept = state.concept.vectors.detach().clone()
+            broken.data[0] = torch.nan
+        broken.data[0] = torch.nan
+        for state in textinv.train(model, MUSHROOM, "plant", steps=1, batch_size=1):
+            pass
+    assert torch.equal(state.concept.vectors, kept) and kept.isfinite().all()
+
+
+def test_long_prompts_are_cut_and_it_is_said(model):
+    with pytest.warns(UserWarning, match="has 40 tokens, only the first 22 are read"):
+        textinv.sample(model, "cat " * 40, steps=1)
+
+
 def test_same_seed_same_word_and_global_state_untouched(model):
     state = torch.random.get_rng_state()
     a, b, c = (
@@ -146,7 +223,20 @@ def test_unusable_placeholders_are_refused(model, placeholder):
         textinv.invert(model, MUSHROOM, "plant", placeholder=placeholder, steps=1)
 
 
-@pytest.mark.parametrize("option", [dict(steps=0), dict(lr=-1.0), dict(batch_size=0)])
+@pytest.mark.parametrize(
+    "option",
+    [
+        dict(steps=0),
+        dict(lr=-1.0),
+        dict(lr=float("nan")),
+        dict(lr="fast"),
+        dict(batch_size=0),
+        dict(vectors=0),
+        dict(seed=-1),
+        dict(regularize=-1.0),
+        dict(weight_decay=float("inf")),
+    ],
+)
 def test_unusable_numbers_are_refused(model, option):
     with pytest.raises(ValueError, match=next(iter(option))):
         textinv.invert(model, MUSHROOM, "plant", **option)
@@ -165,49 +255,12 @@ def test_words_of_another_width_or_twice_the_same_are_refused(model):
     with pytest.raises(ValueError, match="768"):
         textinv.sample(model, "a <w>", [wide], steps=1)
     word = textinv.Concept("<w>", torch.zeros(1, 192))
-    with pytest.raises(ValueError, match="two words"):
+    with pytest.raises(ValueError, match="two words.*--rename"):
         textinv.sample(model, "a <w>", [word, word], steps=1)
+    with pytest.raises(ValueError, match="ordinary word.*--rename"):
+        textinv.sample(model, "a cat", [textinv.Concept("cat", word.vectors)], steps=1)
 
 
 def test_unknown_words_are_named():
     known = textinv.Concept("<cat>", torch.zeros(1, 4))
     assert textinv.unknown_words(["a <cat> by <dog>", "a <dog>"], [known]) == ["<dog>"]
-
-
-def test_command_line_learns_and_draws(tmp_path, capsys):
-    word, picture = str(tmp_path / "m.safetensors"), str(tmp_path / "m.png")
-    learn = ["invert", str(MUSHROOM), "--init-word", "plant", "--out", word, "--device", "cpu"]
-    assert textinv.main([*learn, "--steps", "4", "--preview-every", "2"]) == 0
-    names = {p.name for p in tmp_path.iterdir()}
-    assert names == {"m.safetensors", "m.inputs.png", "m.step-2.png"}
-    draw = ["sample", "a sketch of <m>", "a <typo>", "--concept", word, "-n", "2", "--steps", "2"]
-    assert textinv.main([*draw, "--out", picture, "--singles", str(tmp_path / "all")]) == 0
-    assert "<typo>" in capsys.readouterr().err
-    assert "a sketch of <m>" in Image.open(picture).text["prompt"]
-    assert len(list((tmp_path / "all").iterdir())) == 4
-    assert textinv.main([*draw, "--out", picture]) == 2
-    assert "--overwrite" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["invert", "nowhere", "--init-word", "plant"],
-        ["invert", str(MUSHROOM)],
-        ["invert", str(MUSHROOM), "--init-word", "plant", "--steps", "0"],
-        ["sample", "a cat", "--size", "65"],
-        ["sample", "a cat", "-n", "0"],
-        ["sample", "a cat", "--model", "nowhere.ckpt"],
-        ["sample", "a cat", "--concept", "nowhere.safetensors"],
-    ],
-)
-def test_mistakes_are_one_line_and_exit_status_2(tmp_path, arguments):
-    done = subprocess.run(
-        [sys.executable, ROOT / "textinv.py", *arguments, "--device", "cpu"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith("textinv: ") and done.stderr.count("\n") == 1
-    assert not list(tmp_path.iterdir())

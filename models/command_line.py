@@ -1,0 +1,552 @@
+"""The command line of textinv.py: arguments, progress, files, and what went wrong in one line.
+
+Each verb is a function `run_VERB` of the parsed arguments. All that a script would want to import
+is in textinv.py; here is what prints and writes.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import shlex
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import textinv
+from textinv import (
+    GUIDANCE,
+    RATES,
+    TEMPLATES,
+    Concept,
+    NotFinite,
+    State,
+    check_concepts,
+    check_range,
+    evaluate,
+    find_images,
+    grid,
+    hyperparameters,
+    initial_vectors,
+    load_concept,
+    load_concepts,
+    open_image,
+    prepare_images,
+    sample,
+    to_pil,
+    train,
+    unknown_words,
+    warn_of_cuts,
+)
+
+from .checkpoint import BUNDLED, FAMILIES, holds_model, load_model
+from .embeddings import FORMATS, default_format
+from .evaluation import Scorer, confidence, read_prompts
+from .files import Run, free_target, interruptible, write_file, write_png, write_table
+from .latent_diffusion import LatentDiffusion
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="textinv.py", description=textinv.__doc__.splitlines()[0])
+    verbs = parser.add_subparsers(dest="verb", required=True)
+
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--model", metavar="PATH", help="checkpoint; without it the bundled model")
+    shared.add_argument("--family", choices=FAMILIES, help="if the file's keys do not tell")
+    shared.add_argument("--prediction", choices=("eps", "v"), help="if the file does not tell")
+    shared.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
+    shared.add_argument("--precision", choices=PRECISIONS, help="the device's best by default")
+    shared.add_argument("--seed", type=int, default=0)
+    shared.add_argument("--overwrite", action="store_true", help="replace files of this name")
+
+    p = verbs.add_parser("invert", parents=[shared], help="learn a word from pictures")
+    p.add_argument("images", help="folder with 3-5 pictures of one thing")
+    p.add_argument("--init-word", metavar="WORDS", help="coarse description to start from: cat")
+    p.add_argument("--placeholder", metavar="WORD", help="what to call it; <NAME OF --out>")
+    p.add_argument("--out", metavar="FILE", help="NAME OF FOLDER.safetensors by default")
+    p.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
+    p.add_argument("--vectors", type=int, default=1, help="vectors per word (default 1)")
+    p.add_argument("--steps", type=int)
+    p.add_argument("--batch-size", type=int)
+    p.add_argument("--lr", type=rate, help="base rate times batch size, or base, high, low")
+    p.add_argument("--weight-decay", type=float, default=0.0)
+    p.add_argument("--regularize", type=float, default=0.0, metavar="W", help="hold to init word")
+    p.add_argument("--progressive", action="store_true", help="one vector, then two, then three")
+    p.add_argument("--per-image", action="store_true", help="also a word for each picture alone")
+    p.add_argument("--save-image-words", action="store_true", help="write those words as well")
+    p.add_argument(
+        "--templates",
+        default="object",
+        metavar="T",
+        help="object, style, captions (cat.txt beside cat.jpg), a file, or 'a photo of {}'",
+    )
+    p.add_argument("--no-flip", action="store_true", help="do not mirror the pictures")
+    p.add_argument("--gradient-checkpointing", action="store_true", help="less memory, slower")
+    p.add_argument("--preview-every", type=int, metavar="STEPS", help="0 for none")
+    p.add_argument("--save-every", type=int, default=50, metavar="STEPS", help="for --resume (50)")
+    p.set_defaults(run=run_invert)
+
+    words = argparse.ArgumentParser(add_help=False)
+    words.add_argument("--concept", action="append", default=[], metavar="FILE", help="learnt word")
+    words.add_argument(
+        "--rename",
+        action="append",
+        default=[],
+        metavar="OLD=NEW",
+        help="call a word otherwise; OLD is its file or its name",
+    )
+
+    p = verbs.add_parser("sample", parents=[shared, words], help="draw prompts")
+    p.add_argument("prompts", nargs="+", metavar="PROMPT")
+    p.add_argument("-n", type=int, default=4, help="pictures per prompt (default 4)")
+    p.add_argument("--steps", type=int, default=50, help="DDIM steps (default 50)")
+    p.add_argument("--guidance", type=float)
+    p.add_argument("--eta", type=float, default=0.0)
+    p.add_argument("--size", metavar="W[xH]", help="pixels; the model's own size by default")
+    p.add_argument("--out", default="grid.png", metavar="FILE", help="the grid (grid.png)")
+    p.add_argument("--singles", metavar="FOLDER", help="also write each picture by itself")
+    p.set_defaults(run=run_sample)
+
+    p = verbs.add_parser("evaluate", parents=[shared], help="measure words (section 5.1)")
+    p.add_argument("concepts", nargs="*", metavar="CONCEPT", help="files; a folder is a setup")
+    p.add_argument("--images", required=True, metavar="DIR", help="what they were learnt from")
+    p.add_argument("--references", action="store_true", help="image only, prompt only")
+    p.add_argument("--captions", metavar="FILE", help="human captions, one a line, in their place")
+    p.add_argument("--prompts", metavar="FILE", help="'kind: prompt with {}' lines; the paper's")
+    p.add_argument("--clip", metavar="PATH", help="OpenAI's ViT-B-32.pt; the bundled small CLIP")
+    p.add_argument("-n", type=int, default=64, help="samples per prompt (default 64)")
+    p.add_argument("--steps", type=int, default=50, help="DDIM steps (default 50)")
+    p.add_argument("--guidance", type=float)
+    p.add_argument("--out", default="scores.csv", metavar="FILE", help="the table (scores.csv)")
+    p.add_argument("--chart", metavar="FILE", help="figure 7 of it (needs matplotlib)")
+    p.set_defaults(run=run_evaluate)
+
+    p = verbs.add_parser("convert", help="write a word in another program's format")
+    p.add_argument("source", metavar="IN")
+    p.add_argument("out", metavar="OUT")
+    p.add_argument("--format", choices=FORMATS, help="by OUT's ending if not given")
+    p.add_argument("--placeholder", metavar="WORD", help="its name in OUT")
+    p.add_argument("--word", metavar="WORD", help="which one, if IN holds several")
+    p.add_argument("--picture", metavar="FILE", help="what an OUT.png shows")
+    p.add_argument("--overwrite", action="store_true", help="replace a file of this name")
+    p.set_defaults(run=run_convert)
+
+    p = verbs.add_parser("show", parents=[shared, words], help="look into a file, or a prompt")
+    p.add_argument("what", metavar="WORD-FILE|CHECKPOINT|PROMPT")
+    p.set_defaults(run=run_show)
+    return parser
+
+
+def rate(text: str) -> float | str:
+    """A learning rate as a number, or the name of one."""
+    return text if text in RATES else float(text)
+
+
+def load_for(args: argparse.Namespace) -> LatentDiffusion:
+    model = load_model(
+        args.model, args.device, PRECISIONS.get(args.precision), args.family, args.prediction
+    )
+    print(model)
+    return model
+
+
+def near_words(paths: Sequence[Path], count: int = 5) -> str:
+    """The trained words of the bundled model that look most like the pictures."""
+    words = json.loads((BUNDLED / "config.json").read_text())["nouns"]
+    pictures = [open_image(path) for path in paths]
+    scorer = Scorer.load()
+    texts = scorer.texts([f"a photo of a {word}" for word in words])
+    cosines = (scorer.images(pictures) @ texts.T).mean(0)
+    return ", ".join(words[i] for i in cosines.topk(count).indices)
+
+
+def peak_memory(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+    try:
+        import resource
+    except ImportError:  # Windows
+        return "?"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GiB"
+
+
+def read_templates(choice: str, pictures: Sequence[Path]) -> list[str] | list[list[str]]:
+    """The prompts that --templates stands for."""
+    if choice in TEMPLATES:
+        return list(TEMPLATES[choice])
+    if "{}" in choice:
+        return [choice]
+    if choice == "captions":
+        return [read_lines(path.with_suffix(".txt")) for path in pictures]
+    if not Path(choice).is_file():
+        raise ValueError(
+            f"--templates {choice} is no file; use object, style, captions, a file with one "
+            "template a line, or a template such as 'a photo of {}'"
+        )
+    return read_lines(Path(choice))
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file of templates; every one needs a {} for the word."""
+    try:
+        lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path}: not readable as text with one template a line ({error})"
+        ) from None
+    for line in lines:
+        if "{}" not in line:
+            raise ValueError(f"{path}: {line[:60]!r} has no {{}} where the word goes")
+    if not lines:
+        raise ValueError(f"{path}: empty; write a template such as 'a photo of {{}}' into it")
+    return lines
+
+
+def run_invert(args: argparse.Namespace) -> int:
+    source = Path(args.images).resolve()
+    name = Path(args.out).stem if args.out else source.stem if source.is_file() else source.name
+    out = Path(args.out or f"{name}.safetensors")
+    default_format(out.suffix)  # raises where it is none
+    placeholder = args.placeholder if args.placeholder is not None else f"<{'-'.join(name.split())}>"
+    paths = find_images(args.images)
+    if not args.init_word:
+        raise ValueError(
+            "--init-word is missing: the coarse word for what the pictures show (cat, mug, "
+            f"painting), from which the new word starts; nearest here: {near_words(paths)}"
+        )
+    model = load_for(args)
+    ids = model.tokenizer.words(args.init_word)
+    print(f"init word {args.init_word!r}: {len(ids)} token(s), ids {ids}")
+    pixels = prepare_images(paths, model.size)
+    steps, batch_size, lr = hyperparameters(model, args.steps, args.batch_size, args.lr)
+    check_range(1, save_every=args.save_every)
+    vectors = max(3, args.vectors) if args.progressive else args.vectors
+    options = dict(init_word=args.init_word, placeholder=placeholder, vectors=vectors)
+    options |= dict(steps=steps, batch_size=batch_size, lr=lr, seed=args.seed)
+    options |= dict(templates=read_templates(args.templates, paths), flip=not args.no_flip)
+    options |= dict(weight_decay=args.weight_decay, regularize=args.regularize)
+    options |= dict(progressive=args.progressive, per_image=args.per_image)
+    pictures = hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:16]
+    about = dict(model=model.name, fingerprint=model.fingerprint, precision=str(model.dtype))
+    about |= dict(pictures=pictures, progressive=steps if args.progressive else None)
+    run = Run(out, options | about)
+    options |= dict(gradient_checkpointing=args.gradient_checkpointing)
+    options |= dict(resume=run.begin(args.resume, args.overwrite))
+    write_png(run.path("inputs.png"), grid(to_pil(pixels)), {"what": "what the model sees"}, True)
+    begun = f" from step {int(options['resume']['step'])} on" if options["resume"] else ""
+    print(f"learning {placeholder} from {len(pixels)} pictures, {steps} steps{begun}, to {out}")
+
+    if learn(model, to_pil(pixels), run, options, args):
+        print(f"wrote {out}; try: {TRY.format(placeholder, out)}")
+        return 0
+    command = shlex.join(["python", *sys.argv, *["--resume"] * (not args.resume)])
+    print(f"stopped; the word so far is in {out}; go on with: {command}")
+    return 130
+
+
+TRY = "python textinv.py sample 'a photo of {}' --concept {}"
+
+
+def learn(model, pictures, run: Run, options: dict, args: argparse.Namespace) -> bool:
+    """Train, and keep the run's files up to date; False if it was asked to stop before the end."""
+    steps, resume, state = options["steps"], options["resume"], None
+    every = args.preview_every if args.preview_every is not None else max(1, steps // 3)
+    start = initial_vectors(model, options["init_word"], options["vectors"])
+    progress = tqdm(total=steps, initial=int(resume["step"]) if resume else 0, unit="step")
+    try:
+        with interruptible() as asked:
+            for state in train(model, pictures, **options):
+                run.rows.append(row(state, start))
+                progress.update()
+                progress.set_postfix(loss=mean_loss(run), peak=peak_memory(model.device))
+                if every and state.step % every == 0 and state.step < steps:
+                    preview(model, run, state)
+                if asked or state.step % args.save_every == 0 or state.step == steps:
+                    save_run(run, state, args.save_image_words)
+                if asked:
+                    break
+    except NotFinite:
+        if state is not None:
+            save_run(run, state, args.save_image_words)
+        raise
+    finally:
+        progress.close()
+    return state is None or state.step == steps
+
+
+def row(state: State, start: Tensor) -> dict[str, str]:
+    """A line of the table: how long the vectors are and how far from where they started."""
+    vectors = state.concept.vectors.detach().cpu()
+    norm, moved = vectors.norm(dim=1).mean(), (vectors - start.cpu()).norm(dim=1).mean()
+    loss = state.loss.item()
+    return dict(step=str(state.step), loss=f"{loss:.6f}", norm=f"{norm:.4f}", moved=f"{moved:.4f}")
+
+
+def mean_loss(run: Run) -> str:
+    """Of the last steps; a single step's depends on its timesteps more than on the word."""
+    return f"{np.mean([float(row['loss']) for row in run.rows[-50:]]):.4f}"
+
+
+def preview(model: LatentDiffusion, run: Run, state: State) -> None:
+    prompt = f"a photo of {state.concept.placeholder}"
+    shown = sample(model, prompt, [state.concept], n=4, steps=20)
+    write_png(run.path(f"step-{state.step}.png"), grid(shown), {"prompt": prompt}, True)
+
+
+def save_run(run: Run, state: State, image_words: bool) -> None:
+    state.concept.save(run.out, overwrite=True)
+    for i, word in enumerate(state.image_words if image_words else (), 1):
+        word.save(run.path(f"image-{i}{run.out.suffix}"), overwrite=True)
+    run.save(state.tensors())
+
+
+def load_words(files: Sequence[str], renames: Sequence[str]) -> list[Concept]:
+    """The words of the files, under the names that --rename OLD=NEW gives them."""
+    new_names = dict(entry.partition("=")[::2] for entry in renames)
+    concepts, known = [], set()
+    for path in files:
+        for concept in load_concepts(path):
+            olds = (path, Path(path).name, concept.placeholder)
+            old = next((old for old in olds if old in new_names), concept.placeholder)
+            concepts.append(replace(concept, placeholder=new_names.get(old, old)))
+            known |= set(olds)
+    for old, new in new_names.items():
+        if old not in known or not new:
+            raise ValueError(
+                f"--rename {old}={new}: no word or file of that name is loaded, or no new name "
+                f"is given; there are {', '.join(sorted(known)) or 'none (use --concept FILE)'}"
+            )
+    return concepts
+
+
+def run_sample(args: argparse.Namespace) -> None:
+    out = free_target(Path(args.out), args.overwrite)
+    concepts = load_words(args.concept, args.rename)
+    for word in unknown_words(args.prompts, concepts):
+        known = ", ".join(c.placeholder for c in concepts) or "none"
+        warnings.warn(f"{word} is no learnt word (known: {known}); it is read as plain text")
+    size = None
+    if args.size:
+        if not re.fullmatch(r"\d+(x\d+)?", args.size):
+            raise ValueError(f"--size {args.size} is not a size; use 512 or 512x768")
+        size = tuple(int(s) for s in (args.size.split("x") * 2)[:2])
+    model = load_for(args)
+    settings = dict(steps=args.steps, eta=args.eta, seed=args.seed, size=size or model.size)
+    guidance = GUIDANCE.get(model.name, 7.5) if args.guidance is None else args.guidance
+    settings |= dict(guidance_scale=guidance)
+    print(f"drawing {len(args.prompts)} prompt(s) x {args.n}, {args.steps} DDIM steps, to {out}")
+    rows = []
+    for prompt in tqdm(args.prompts, unit="prompt", disable=len(args.prompts) == 1):
+        images = sample(model, prompt, concepts, n=args.n, **settings)
+        for i, image in enumerate(images):
+            if args.singles:
+                path = Path(args.singles) / f"{len(rows) + i:04d}.png"
+                text = {"prompt": prompt, "settings": settings | dict(seed=args.seed + i)}
+                write_png(path, image, text, args.overwrite)
+        rows += images
+    columns = args.n if len(args.prompts) > 1 else None
+    text = {"prompt": "\n".join(args.prompts), "settings": settings | dict(model=model.name)}
+    write_png(out, grid(rows, columns), text, args.overwrite)
+    print(f"wrote {out}")
+
+
+def pictures_of(folder: str, concept: str) -> Path:
+    """The folder's own pictures, or those in its subfolder that is called like the word's file."""
+    own = Path(folder) / Path(concept).stem
+    return own if own.is_dir() else Path(folder)
+
+
+def subjects(args: argparse.Namespace) -> Iterator[tuple[str, str, Path, list[str] | None, list]]:
+    """What `evaluate` measures: (setup, name, pictures, texts, concepts). Words that lie in one
+    folder are one setup; the references of section 5.2 are setups of their own."""
+    sets = {}
+    for path in args.concepts:
+        name, folder = Path(path).stem, pictures_of(args.images, path)
+        word = replace(load_concept(path), placeholder=f"<{name}>")
+        yield Path(path).resolve().parent.name, name, folder, [word.placeholder], [word]
+        sets[name] = folder
+    for name, folder in (sets or {Path(args.images).name: Path(args.images)}).items():
+        if args.references:
+            yield "image only", name, folder, None, []
+            yield "prompt only", name, folder, [""], []
+        if args.captions:
+            file = Path(args.captions)
+            lines = (file if file.is_file() else folder / file).read_text("utf-8").splitlines()
+            short = [line.strip() for line in lines if 0 < len(line.split()) <= 12]
+            long = [line.strip() for line in lines if len(line.split()) > 12]
+            for label, captions in (("short captions", short), ("long captions", long)):
+                if captions:
+                    yield label, name, folder, captions, []
+
+
+def run_evaluate(args: argparse.Namespace) -> None:
+    out = free_target(Path(args.out), args.overwrite)
+    measured = list(subjects(args))
+    if not measured:
+        raise ValueError("nothing to measure; give words, --references or --captions FILE")
+    prompts = read_prompts(args.prompts)
+    model, scorer = load_for(args), Scorer.load(args.clip)
+    count = 1 + sum(map(len, prompts.values()))
+    print(f"measuring {len(measured)} subject(s), {count} prompts x {args.n} samples, to {out}")
+    options = dict(prompts=prompts, n=args.n, steps=args.steps, guidance_scale=args.guidance)
+    rows = []
+    with tqdm(total=len(measured) * count, unit="prompt") as progress:
+        for setup, name, folder, texts, concepts in measured:
+            progress.set_postfix_str(f"{setup}, {name}")
+            for row in evaluate(model, scorer, folder, texts, concepts, seed=args.seed, **options):
+                rows.append(dict(setup=setup, name=name, **row))
+                progress.update()
+            write_table(out, rows, overwrite=args.overwrite or len(rows) > count)
+    print_scores(rows)
+    print(f"wrote {out}")
+    if args.chart:
+        draw_chart(rows, free_target(Path(args.chart), args.overwrite))
+
+
+def scores_of(rows: Sequence[dict]) -> dict[str, list[tuple[str, float, float]]]:
+    """{setup: [(name, reconstruction, mean editability), ...]} from rows of prompts."""
+    table: dict[str, list] = {}
+    for setup, name in dict.fromkeys((row["setup"], row["name"]) for row in rows):
+        own = [row for row in rows if (row["setup"], row["name"]) == (setup, name)]
+        first = next(row["score"] for row in own if row["kind"] == "reconstruction")
+        others = [row["score"] for row in own if row["kind"] != "reconstruction"]
+        table.setdefault(setup, []).append((name, first, float(np.mean(others))))
+    return table
+
+
+def print_scores(rows: Sequence[dict]) -> None:
+    print(f"{'setup':20} {'word':20} reconstruction  editability")
+    for setup, scores in scores_of(rows).items():
+        for name, first, second in scores:
+            print(f"{setup:20.20} {name:20.20} {first:14.4f} {second:12.4f}")
+        if len(scores) > 1:
+            (a, da), (b, db) = (confidence([s[i] for s in scores]) for i in (1, 2))
+            print(
+                f"{setup:20.20} {'mean, 95% interval':20} {a:6.4f} +-{da:.4f} {b:7.4f} +-{db:.4f}"
+            )
+
+
+def draw_chart(rows: Sequence[dict], path: Path) -> None:
+    """Figure 7; matplotlib is an extra, so a missing one costs the chart and nothing else."""
+    try:
+        from examples.chart import tradeoff
+    except ImportError as error:
+        warnings.warn(f"no chart: {error}; pip install matplotlib, and run from the repository")
+    else:
+        write_file(path, tradeoff(scores_of(rows)), overwrite=True)
+        print(f"wrote {path}")
+
+
+def run_convert(args: argparse.Namespace) -> None:
+    out = free_target(Path(args.out), args.overwrite)
+    concepts = load_concepts(args.source)
+    names = ", ".join(concept.placeholder for concept in concepts)
+    chosen = [c for c in concepts if args.word in (None, c.placeholder)]
+    if len(chosen) != 1:
+        raise ValueError(f"{args.source} holds {names}; say which one with --word")
+    placeholder = chosen[0].placeholder if args.placeholder is None else args.placeholder
+    if not placeholder or any(c.isspace() for c in placeholder):
+        raise ValueError(
+            f"--placeholder {placeholder!r} is empty or has a space; use one like <cat>"
+        )
+    concept = replace(chosen[0], placeholder=placeholder)
+    format = args.format or default_format(out.suffix)
+    picture = open_image(args.picture) if args.picture else None
+    concept.save(out, args.overwrite, format, picture)
+    print(f"wrote {out} ({format}): {concept.placeholder}, {tuple(concept.vectors.shape)}")
+
+
+def run_show(args: argparse.Namespace) -> None:
+    path = Path(args.what)
+    if path.is_dir() or (path.is_file() and holds_model(path)):
+        args.model = args.what
+        show_model(load_for(args))
+    elif path.is_file():
+        show_words(load_words([args.what, *args.concept], args.rename), args)
+    elif path.suffix in (".safetensors", ".ckpt", ".pt", ".bin", ".png"):
+        raise ValueError(f"{path}: no such file")
+    else:
+        model = load_for(args)
+        concepts = load_words(args.concept, args.rename)
+        check_concepts(model, concepts)
+        warn_of_cuts(model, [args.what], concepts)
+        for i in model.tokenizer.encode(args.what, model.placeholders(concepts)):
+            print(f"{i:6d} {token(model, concepts, i)}")
+
+
+def token(model: LatentDiffusion, concepts: Sequence[Concept], i: int) -> str:
+    """How an id is written: the vocabulary's entry, or a learnt word and the vector's number."""
+    for name, ids in model.placeholders(concepts).items():
+        if i in ids:
+            return f"{name}, vector {i - ids[0] + 1} of {len(ids)}"
+    return next(text for text, number in model.tokenizer.ids.items() if number == i)
+
+
+def show_model(model: LatentDiffusion) -> None:
+    for name in ("unet", "autoencoder", "text_encoder"):
+        count = sum(p.numel() for p in getattr(model, name).parameters())
+        print(f"{name:12} {count / 1e6:8,.1f}M parameters")
+    width, length = model.text_encoder.token_table.shape[1], model.tokenizer.max_length
+    print(f"words of {width} numbers, prompts of {length} tokens, pictures of {model.size} pixels")
+
+
+def show_words(concepts: Sequence[Concept], args: argparse.Namespace) -> None:
+    """Sizes, norms beside those of the model's own words, and the words nearest by cosine."""
+    model = load_for(args)
+    table = model.text_encoder.token_table.float().cpu()
+    norms = table.norm(dim=1)
+    low, middle, high = norms.quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
+    for concept in concepts:
+        count, width = concept.vectors.shape
+        print(f"{concept.placeholder}: {count} vector(s) of {width} numbers")
+        for key, value in concept.metadata.items():
+            print(f"  {key}: {value if len(value) < 200 else value[:200] + '...'}")
+        for vector in concept.vectors:
+            line = f"  norm {vector.norm():.3f}"
+            if width == table.shape[1]:
+                nearest = F.cosine_similarity(vector[None], table).topk(5)
+                words = (f"{token(model, [], i)} {c:.2f}" for c, i in zip(*map(list, nearest)))
+                line += f" (words here: {low:.3f}, {middle:.3f}, {high:.3f}); nearest: "
+                line += ", ".join(words)
+            print(line)
+        if width != table.shape[1]:
+            print(f"  learnt with another model: this one's words have {table.shape[1]} numbers")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out; on the CPU PyTorch says so in a plain RuntimeError."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "alloc" in str(error)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; 0, or 2 with one line on standard error for a user's mistake, or 130
+    after Ctrl-C."""
+    warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except (ValueError, OSError) as error:
+        reason = str(error)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        reason = (
+            "out of memory; try --batch-size 1, --gradient-checkpointing, --precision bf16, a "
+            "smaller --size or -n, or --device cpu"
+        )
+    except KeyboardInterrupt:
+        print("textinv: stopped", file=sys.stderr)
+        return 130
+    print(f"textinv: {' '.join(reason.split())}", file=sys.stderr)
+    return 2

@@ -1,0 +1,297 @@
+"""The verbs as a person uses them, and every mistake in one line with exit status 2."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import textinv
+from models import command_line
+
+ROOT = Path(__file__).resolve().parent.parent
+MUSHROOM = ROOT / "examples" / "concepts" / "mushroom"
+TINY = ROOT / "tests" / "golden" / "tiny"
+LEARN = ["invert", str(MUSHROOM), "--init-word", "plant", "--device", "cpu", "--batch-size", "1"]
+
+
+@pytest.fixture(scope="module")
+def word(tmp_path_factory) -> str:
+    """A word of the bundled model, as good as untrained."""
+    path = tmp_path_factory.mktemp("word") / "m.safetensors"
+    assert textinv.main([*LEARN, "--steps", "1", "--preview-every", "0", "--out", str(path)]) == 0
+    return str(path)
+
+
+def mistake(capsys, *arguments: object) -> str:
+    """The one line on standard error that a mistake ends in."""
+    assert textinv.main([str(a) for a in arguments]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    lines = [line for line in lines if not line.startswith("note: ") and "|" not in line]
+    assert len(lines) == 1 and lines[0].startswith("textinv: "), lines
+    return lines[0]
+
+
+def test_it_learns_and_draws(tmp_path, capsys):
+    word, picture = str(tmp_path / "m.safetensors"), str(tmp_path / "m.png")
+    options = ["--out", word, "--steps", "4", "--preview-every", "2"]
+    assert textinv.main([*LEARN, *options, "--per-image", "--save-image-words"]) == 0
+    names = {p.name for p in tmp_path.iterdir()}
+    own = "m.safetensors m.json m.csv m.state m.inputs.png m.step-2.png".split()
+    assert names == {*own, *(f"m.image-{i}.safetensors" for i in range(1, 6))}
+    assert json.loads((tmp_path / "m.json").read_text())["init_word"] == "plant"
+    rows = list(csv.DictReader((tmp_path / "m.csv").read_text().splitlines()))
+    assert [row["step"] for row in rows] == ["1", "2", "3", "4"] and float(rows[3]["moved"]) > 0
+    draw = ["sample", "a sketch of <m>", "a <typo>", "--concept", word, "-n", "2", "--steps", "2"]
+    assert textinv.main([*draw, "--out", picture, "--singles", str(tmp_path / "all")]) == 0
+    assert "<typo>" in capsys.readouterr().err
+    assert "a sketch of <m>" in Image.open(picture).text["prompt"]
+    assert len(list((tmp_path / "all").iterdir())) == 4
+    assert "--overwrite" in mistake(capsys, *draw, "--out", picture)
+    assert "--resume" in mistake(capsys, *LEARN, *options)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["invert", "nowhere", "--init-word", "plant"],
+        ["invert", str(MUSHROOM)],
+        ["sample", "a cat", "--model", "nowhere.ckpt"],
+    ],
+)
+def test_mistakes_are_one_line_and_exit_status_2_of_the_process(tmp_path, arguments):
+    done = subprocess.run(
+        [sys.executable, ROOT / "textinv.py", *arguments, "--device", "cpu"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("textinv: ") and done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (["--steps", "0"], "steps is 0; it must be at least 1"),
+        (["--lr", "-1"], "lr is -1.0"),
+        (["--seed", "-1"], "seed is -1"),
+        (["--batch-size", "0"], "batch_size is 0"),
+        (["--vectors", "0"], "vectors is 0"),
+        (["--init-word", "  "], "has no tokens; use a coarse word such as cat"),
+        (["--placeholder", "my cat"], "has a space in it; use one like <cat>"),
+        (["--placeholder", ""], "is empty"),
+        (["--placeholder", "cat"], "is an ordinary word of this model"),
+        (["--templates", "nofile.txt"], "use object, style, captions, a file"),
+        (["--templates", "captions"], "1.txt"),
+        (["--device", "abacus"], "use cuda, mps or cpu"),
+        (["--out", "word.doc"], "possible are .safetensors, .pt, .png"),
+        (["--out", "."], "words are not written as"),
+        (["--save-every", "0"], "save_every is 0"),
+    ],
+)
+def test_mistakes_in_learning(tmp_path, monkeypatch, capsys, change, says):
+    monkeypatch.chdir(tmp_path)
+    assert says in mistake(capsys, *LEARN, "--out", "m.safetensors", *change)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (["-n", "0"], "n is 0; it must be at least 1"),
+        (["--steps", "0"], "steps 0 is out of range; use 1 to 1000"),
+        (["--eta", "2"], "eta is 2.0"),
+        (["--size", "65"], "must be multiples of 16"),
+        (["--size", "big"], "use 512 or 512x768"),
+        (["--seed", "-3"], "seed is -3"),
+        (["--guidance", "nan"], "guidance_scale is nan"),
+        (["--concept", "nowhere.safetensors"], "No such file"),
+        (["--rename", "a=b"], "no word or file of that name"),
+    ],
+)
+def test_mistakes_in_drawing(tmp_path, monkeypatch, capsys, change, says):
+    monkeypatch.chdir(tmp_path)
+    assert says in mistake(capsys, "sample", "a cat", "--steps", "1", "--device", "cpu", *change)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
+def test_no_cuda_although_asked_for(capsys):
+    assert "use --device cpu" in mistake(capsys, "sample", "a cat", "--device", "cuda")
+
+
+def test_bad_folders_and_pictures(tmp_path, capsys, monkeypatch):
+    def learn(folder: Path) -> list[object]:
+        return ["invert", folder, *LEARN[2:], "--steps", "1", "--out", tmp_path / "w.safetensors"]
+
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "no pictures" in mistake(capsys, *learn(empty))
+    (empty / "notes.txt").write_text("x")
+    (empty / "IMG_1.HEIC").write_bytes(b"x")
+    assert "no pictures" in mistake(capsys, *learn(empty))
+    textinv.main([str(a) for a in learn(empty)])
+    assert "save it as JPEG" in capsys.readouterr().err
+    mixed = tmp_path / "mixed"
+    shutil.copytree(MUSHROOM, mixed)
+    (mixed / "bad.jpg").write_bytes(b"\xff\xd8\xff broken")
+    assert "bad.jpg: not readable as a picture" in mistake(capsys, *learn(mixed))
+    huge = tmp_path / "huge"
+    huge.mkdir()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # as 20,000 x 20,000 to the true limit
+    Image.new("RGB", (100, 100)).save(huge / "bomb.png")
+    assert "decompression bomb" in mistake(capsys, *learn(huge))
+
+
+def test_odd_pictures_are_taken(tmp_path):
+    rgb = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30, 3), np.uint8))
+    rgb.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    rgb.convert("P").save(tmp_path / "palette.png", transparency=0)
+    Image.fromarray(np.full((9, 9), 40_000, np.uint16)).save(tmp_path / "deep.png")
+    rgb.save(tmp_path / "moving.gif", save_all=True, append_images=[rgb.rotate(90)])
+    rgb.convert("LA").save(tmp_path / "gray-alpha.png")
+    Image.new("1", (1, 1), 1).save(tmp_path / "dot.png")
+    with pytest.warns(UserWarning, match="dot.png has 1x1 pixels, enlarged"):
+        pixels = textinv.prepare_images(tmp_path, 8)
+    assert pixels.shape == (6, 3, 8, 8) and pixels.isfinite().all()
+    names = [p.name for p in textinv.find_images(tmp_path)]
+    assert pixels[names.index("deep.png")].mean() == pytest.approx(40_000 / 32768 - 1, abs=0.01)
+
+
+def test_a_full_disk_is_said_before_the_first_step(tmp_path, capsys, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    said = mistake(capsys, *LEARN, "--steps", "3", "--out", tmp_path / "new" / "m.safetensors")
+    assert "m.json cannot be written: No space left on device" in said
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_nan_keeps_the_last_good_word(tmp_path, capsys, monkeypatch):
+    model = textinv.load_model(device="cpu", dtype=torch.float32)
+    monkeypatch.setattr(command_line, "load_model", lambda *_: model)
+    row = command_line.row
+
+    def break_after_two(state, start):
+        if state.step == 2:
+            model.unet.out[2].bias.data[0] = torch.nan
+        return row(state, start)
+
+    monkeypatch.setattr(command_line, "row", break_after_two)
+    out = tmp_path / "m.safetensors"
+    said = mistake(capsys, *LEARN, "--steps", "9", "--out", out)
+    assert "step 3: the UNet gave NaN or infinity" in said and "--precision" in said
+    kept = textinv.load_concept(out)
+    assert kept.vectors.isfinite().all() and kept.metadata["steps"] == "2"
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA"), RuntimeError("can't allocate memory"), MemoryError()]
+)
+def test_out_of_memory_says_what_helps(capsys, monkeypatch, error):
+    def fail(args):
+        raise error
+
+    monkeypatch.setattr(command_line, "run_sample", fail)
+    assert "--batch-size 1, --gradient-checkpointing" in mistake(capsys, "sample", "a cat")
+
+
+def test_several_words_clash_until_one_is_renamed(word, tmp_path, capsys):
+    other = tmp_path / "other.safetensors"
+    shutil.copy(word, other)
+    draw = ["sample", "a <m> and <n>", "--concept", word, "--concept", str(other), "-n", "1"]
+    draw += ["--steps", "1", "--out", str(tmp_path / "g.png")]
+    assert "two words are called <m>" in mistake(capsys, *draw)
+    assert textinv.main([*draw, "--rename", "other.safetensors=<n>"]) == 0
+    assert "no learnt word" not in capsys.readouterr().err
+    save_file({"<wide>": torch.zeros(1, 768)}, tmp_path / "wide.safetensors")
+    said = mistake(capsys, *draw[:2], "--concept", tmp_path / "wide.safetensors", "--out", "x.png")
+    assert "768 wide" in said and "192 wide" in said
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.png", "a.safetensors"])
+def test_words_convert_to_what_other_programs_read(word, tmp_path, name, capsys):
+    out = tmp_path / name
+    format = "emb_params" if name.endswith("tensors") else "a1111"
+    assert textinv.main(["convert", word, str(out), "--format", format]) == 0
+    again = textinv.load_concept(out)
+    assert torch.equal(again.vectors, textinv.load_concept(word).vectors)
+    assert "--overwrite" in mistake(capsys, "convert", word, out)
+    assert textinv.main(["convert", str(out), str(tmp_path / "b.safetensors")]) == 0
+    assert "possible are" in mistake(capsys, "convert", word, tmp_path / "a.doc")
+
+
+def test_one_of_several_words_is_converted_by_name(tmp_path, capsys):
+    both = tmp_path / "both.safetensors"
+    save_file({"<a>": torch.zeros(1, 4), "<b>": torch.ones(2, 4)}, both)
+    assert "<a>, <b>; say which one with --word" in mistake(
+        capsys, "convert", both, tmp_path / "x.pt"
+    )
+    out = tmp_path / "x.safetensors"
+    arguments = ["convert", both, out, "--word", "<b>", "--placeholder", "<c>"]
+    assert textinv.main([str(a) for a in arguments]) == 0
+    concept = textinv.load_concept(out)
+    assert concept.placeholder == "<c>" and torch.equal(concept.vectors, torch.ones(2, 4))
+    with pytest.raises(ValueError, match="holds 2 words"):
+        textinv.load_concept(both)
+
+
+def test_show_looks_into_words_checkpoints_and_prompts(word, capsys):
+    assert textinv.main(["show", word, "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "<m>: 1 vector(s) of 192 numbers" in said and "nearest: plant" in said
+    assert "init_word: plant" in said and "norm" in said
+    assert textinv.main(["show", str(TINY / "sd2" / "model.safetensors"), "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "sd2" in said and "-prediction" in said and "unet" in said
+    prompt = ["show", "a cat <m>", "--concept", word, "--device", "cpu"]
+    assert textinv.main(prompt) == 0
+    said = capsys.readouterr().out
+    assert " cat\n" in said and "<m>, vector 1 of 1" in said
+    assert "no such file" in mistake(capsys, "show", "nowhere.safetensors")
+
+
+def test_captions_beside_the_pictures_are_templates(tmp_path):
+    pictures = [tmp_path / "a.jpg", tmp_path / "b.jpg"]
+    (tmp_path / "a.txt").write_text("{} on a table\n\na {} seen from above\n")
+    (tmp_path / "b.txt").write_text("no place for the word")
+    with pytest.raises(ValueError, match="b.txt: 'no place for the word' has no {}"):
+        command_line.read_templates("captions", pictures)
+    (tmp_path / "b.txt").write_text("{}\n")
+    texts = command_line.read_templates("captions", pictures)
+    assert texts == [["{} on a table", "a {} seen from above"], ["{}"]]
+    assert command_line.read_templates(str(tmp_path / "a.txt"), pictures) == texts[0]
+    assert command_line.read_templates("{}", pictures) == ["{}"]
+
+
+def test_evaluate_measures_words_and_references(word, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("background: {} on the beach\nstyle: a sketch of {}\n")
+    (tmp_path / "captions.txt").write_text("a red mushroom\n" + "a very long story " * 4)
+    out = tmp_path / "scores.csv"
+    arguments = ["evaluate", word, "--images", str(MUSHROOM), "-n", "2", "--steps", "1"]
+    arguments += ["--prompts", str(tmp_path / "prompts.txt"), "--references", "--device", "cpu"]
+    arguments += ["--captions", str(tmp_path / "captions.txt"), "--out", str(out)]
+    assert textinv.main([*arguments, "--chart", str(tmp_path / "chart.png")]) == 0
+    rows = list(csv.DictReader(out.read_text().splitlines()))
+    setups = dict.fromkeys(row["setup"] for row in rows)
+    folder = Path(word).parent.name
+    assert [*setups] == [folder, "image only", "prompt only", "short captions", "long captions"]
+    assert len(rows) == 3 * len(setups)
+    assert all(-1 <= float(row["score"]) <= 1 for row in rows)
+    said = capsys.readouterr()
+    assert "reconstruction" in said.out
+    assert (tmp_path / "chart.png").exists() or "pip install matplotlib" in said.err
+    assert "--overwrite" in mistake(capsys, *arguments)
+    assert "give words, --references" in mistake(
+        capsys, "evaluate", "--images", MUSHROOM, "--out", tmp_path / "n.csv"
+    )
