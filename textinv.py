@@ -358,7 +358,7 @@ def train(
     seed: int = 0,
     resume: Mapping[str, Tensor] | None = None,
 ) -> Iterator[State]:
-    """Textual inversion (section 3, eq. 2), a generator that yields a `State` after each step.
+    """Textual inversion (section 3, eq. 2): an iterator with a `State` after each step.
 
     images: a folder, paths or PIL images, 3-5 of one thing. init_word: a coarse description whose
     embedding the word starts from. vectors: how many vectors the word has. steps, batch_size and
@@ -400,36 +400,39 @@ def train(
     optimizer = torch.optim.AdamW(parameters, lr=lr * batch_size, weight_decay=weight_decay)
     done = restore(words, optimizer, resume) if resume else 0
 
-    model.unet.gradient_checkpointing = gradient_checkpointing
-    try:
-        for step in range(done + 1, steps + 1):
-            draw, generator = draws_of_step(seed, step)
-            rows = torch.randint(len(mean), (batch_size,), generator=generator)
-            z = mean[rows] + std[rows] * normal(mean[rows], generator)
-            t = torch.randint(model.schedule.length, (batch_size,), generator=generator)
-            noise = normal(z, generator)
-            shown = [i % len(pixels) for i in rows.tolist()]
-            prompts = [fill(draw.choice(texts[i]), words, i) for i in shown]
-            if progressive:
-                used = 1 + (step - 1) * 5 // (2 * steps)
-                words[0] = replace(word, vectors=word.vectors[:used])
+    def loop() -> Iterator[State]:
+        model.unet.gradient_checkpointing = gradient_checkpointing
+        try:
+            for step in range(done + 1, steps + 1):
+                draw, generator = draws_of_step(seed, step)
+                rows = torch.randint(len(mean), (batch_size,), generator=generator)
+                z = mean[rows] + std[rows] * normal(mean[rows], generator)
+                t = torch.randint(model.schedule.length, (batch_size,), generator=generator)
+                noise = normal(z, generator)
+                shown = [i % len(pixels) for i in rows.tolist()]
+                prompts = [fill(draw.choice(texts[i]), words, i) for i in shown]
+                if progressive:
+                    used = 1 + (step - 1) * 5 // (2 * steps)
+                    words[0] = replace(word, vectors=word.vectors[:used])
 
-            loss = diffusion_loss(model, z, prompts, words, t.to(z.device), noise)
-            drift = ((word.vectors - start) ** 2).sum(dim=1).mean()
-            optimizer.zero_grad()
-            (loss + regularize * drift).backward()
-            if not all(p.grad.isfinite().all() for p in parameters):
-                raise NotFinite("gradient")
-            optimizer.step()
-            word.metadata["steps"] = str(step)
-            yield State(step, loss.detach(), word, image_words, optimizer)
-    except NotFinite as error:
-        raise NotFinite(
-            f"step {step}: the {error} gave NaN or infinity; the word is left as it was before "
-            "that step; try --precision bf16 or fp32, or a lower --lr"
-        ) from None
-    finally:
-        model.unet.gradient_checkpointing = False
+                loss = diffusion_loss(model, z, prompts, words, t.to(z.device), noise)
+                drift = ((word.vectors - start) ** 2).sum(dim=1).mean()
+                optimizer.zero_grad()
+                (loss + regularize * drift).backward()
+                if not all(p.grad.isfinite().all() for p in parameters):
+                    raise NotFinite("gradient")
+                optimizer.step()
+                word.metadata["steps"] = str(step)
+                yield State(step, loss.detach(), word, image_words, optimizer)
+        except NotFinite as error:
+            raise NotFinite(
+                f"step {step}: the {error} gave NaN or infinity; the word is left as it was before "
+                "that step; try --precision bf16 or fp32, or a lower --lr"
+            ) from None
+        finally:
+            model.unet.gradient_checkpointing = False
+
+    return loop()  # so that what is wrong above is said when `train` is called
 
 
 def check_range(least: float, **numbers: float) -> None:

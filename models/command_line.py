@@ -218,7 +218,9 @@ def run_invert(args: argparse.Namespace) -> int:
     name = Path(args.out).stem if args.out else source.stem if source.is_file() else source.name
     out = Path(args.out or f"{name}.safetensors")
     default_format(out.suffix)  # raises where it is none
-    placeholder = args.placeholder if args.placeholder is not None else f"<{'-'.join(name.split())}>"
+    placeholder = (
+        args.placeholder if args.placeholder is not None else f"<{'-'.join(name.split())}>"
+    )
     paths = find_images(args.images)
     if not args.init_word:
         raise ValueError(
@@ -242,12 +244,17 @@ def run_invert(args: argparse.Namespace) -> int:
     about |= dict(pictures=pictures, progressive=steps if args.progressive else None)
     run = Run(out, options | about)
     options |= dict(gradient_checkpointing=args.gradient_checkpointing)
-    options |= dict(resume=run.begin(args.resume, args.overwrite))
+    options |= dict(resume=run.look(args.resume, args.overwrite))
+    states = train(model, to_pil(pixels), **options)
+    run.begin(anew=options["resume"] is None)
     write_png(run.path("inputs.png"), grid(to_pil(pixels)), {"what": "what the model sees"}, True)
-    begun = f" from step {int(options['resume']['step'])} on" if options["resume"] else ""
-    print(f"learning {placeholder} from {len(pixels)} pictures, {steps} steps{begun}, to {out}")
+    begun = int(options["resume"]["step"]) if options["resume"] else 0
+    where = f", from step {begun} on" if begun else ""
+    print(f"learning {placeholder} from {len(pixels)} pictures, {steps} steps{where}, to {out}")
 
-    if learn(model, to_pil(pixels), run, options, args):
+    progress = tqdm(states, total=steps, initial=begun, unit="step")
+    start = initial_vectors(model, args.init_word, vectors)
+    if learn(model, progress, run, start, steps, args):
         print(f"wrote {out}; try: {TRY.format(placeholder, out)}")
         return 0
     command = shlex.join(["python", *sys.argv, *["--resume"] * (not args.resume)])
@@ -258,17 +265,14 @@ def run_invert(args: argparse.Namespace) -> int:
 TRY = "python textinv.py sample 'a photo of {}' --concept {}"
 
 
-def learn(model, pictures, run: Run, options: dict, args: argparse.Namespace) -> bool:
+def learn(model, progress: tqdm, run: Run, start: Tensor, steps: int, args) -> bool:
     """Train, and keep the run's files up to date; False if it was asked to stop before the end."""
-    steps, resume, state = options["steps"], options["resume"], None
     every = args.preview_every if args.preview_every is not None else max(1, steps // 3)
-    start = initial_vectors(model, options["init_word"], options["vectors"])
-    progress = tqdm(total=steps, initial=int(resume["step"]) if resume else 0, unit="step")
+    state = None
     try:
         with interruptible() as asked:
-            for state in train(model, pictures, **options):
+            for state in progress:
                 run.rows.append(row(state, start))
-                progress.update()
                 progress.set_postfix(loss=mean_loss(run), peak=peak_memory(model.device))
                 if every and state.step % every == 0 and state.step < steps:
                     preview(model, run, state)

@@ -96,27 +96,29 @@ class Run:
         """`cat.csv` beside `cat.safetensors`, for the ending "csv"."""
         return self.out.with_name(f"{self.out.stem}.{ending}")
 
-    def begin(self, resume: bool, overwrite: bool) -> dict[str, Tensor] | None:
-        """The state to go on from, or None at the beginning.
+    def look(self, resume: bool, overwrite: bool) -> dict[str, Tensor] | None:
+        """The state to go on from, or None at the beginning. Writes nothing.
 
         Raises ValueError where files that are not this run's would be lost, or where a setting
         differs from what the run began with; the number of steps may.
         """
         own = [self.out, *map(self.path, ("json", "csv", "state", "inputs.png"))]
-        going_on = resume and self.path("json").exists()
-        if going_on:
+        if resume and self.path("json").exists():
             self.check_settings()
-        elif not overwrite:
-            for path in filter(Path.exists, own):
-                raise ValueError(
-                    f"{path} exists; go on with --resume, choose another --out, or say "
-                    "--overwrite to begin anew"
-                )
-        if not going_on:
+            return self.read_state() if self.path("state").exists() else None
+        for path in filter(Path.exists, () if overwrite else own):
+            raise ValueError(
+                f"{path} exists; go on with --resume, choose another --out, or say --overwrite to "
+                "begin anew"
+            )
+        return None
+
+    def begin(self, anew: bool) -> None:
+        """Write the settings, before the first step; `anew` takes another run's state away."""
+        if anew:
             self.path("state").unlink(missing_ok=True)
         text = json.dumps(self.settings, indent=1, ensure_ascii=False) + "\n"
         write_file(self.path("json"), text.encode(), overwrite=True)
-        return self.read_state() if going_on and self.path("state").exists() else None
 
     def check_settings(self) -> None:
         path = self.path("json")

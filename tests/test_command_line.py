@@ -34,7 +34,7 @@ def mistake(capsys, *arguments: object) -> str:
     """The one line on standard error that a mistake ends in."""
     assert textinv.main([str(a) for a in arguments]) == 2
     lines = capsys.readouterr().err.splitlines()
-    lines = [line for line in lines if not line.startswith("note: ") and "|" not in line]
+    lines = [line for line in lines if line and not line.startswith("note: ") and "|" not in line]
     assert len(lines) == 1 and lines[0].startswith("textinv: "), lines
     return lines[0]
 
@@ -101,7 +101,7 @@ def test_mistakes_are_one_line_and_exit_status_2_of_the_process(tmp_path, argume
 def test_mistakes_in_learning(tmp_path, monkeypatch, capsys, change, says):
     monkeypatch.chdir(tmp_path)
     assert says in mistake(capsys, *LEARN, "--out", "m.safetensors", *change)
-    assert not list(tmp_path.glob("*.safetensors"))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -138,8 +138,7 @@ def test_bad_folders_and_pictures(tmp_path, capsys, monkeypatch):
     assert "no pictures" in mistake(capsys, *learn(empty))
     (empty / "notes.txt").write_text("x")
     (empty / "IMG_1.HEIC").write_bytes(b"x")
-    assert "no pictures" in mistake(capsys, *learn(empty))
-    textinv.main([str(a) for a in learn(empty)])
+    assert textinv.main([str(a) for a in learn(empty)]) == 2
     assert "save it as JPEG" in capsys.readouterr().err
     mixed = tmp_path / "mixed"
     shutil.copytree(MUSHROOM, mixed)

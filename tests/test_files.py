@@ -64,20 +64,24 @@ def test_a_run_takes_no_other_files_place_and_goes_on_only_as_it_began(tmp_path)
     out = tmp_path / "cat.safetensors"
     (tmp_path / "cat.csv").write_text("mine")
     with pytest.raises(ValueError, match="cat.csv exists"):
-        Run(out, {"lr": 1}).begin(resume=False, overwrite=False)
-    assert Run(out, {"lr": 1, "steps": 2}).begin(resume=False, overwrite=True) is None
+        Run(out, {"lr": 1}).look(resume=False, overwrite=False)
     run = Run(out, {"lr": 1, "steps": 2})
+    assert run.look(resume=False, overwrite=True) is None
+    run.begin(anew=True)
     run.rows = [{"step": "1", "loss": "0.5"}, {"step": "2", "loss": "0.4"}]
     run.save({"step": torch.tensor(1)})
     again = Run(out, {"lr": 1, "steps": 9})
-    assert int(again.begin(resume=True, overwrite=False)["step"]) == 1
+    assert int(again.look(resume=True, overwrite=False)["step"]) == 1
     assert again.rows == run.rows[:1]
+    again.begin(anew=False)
     assert json.loads((tmp_path / "cat.json").read_text())["steps"] == 9
     with pytest.raises(ValueError, match="began with lr 1, now it is 2"):
-        Run(out, {"lr": 2}).begin(resume=True, overwrite=False)
+        Run(out, {"lr": 2}).look(resume=True, overwrite=False)
     (tmp_path / "cat.state").write_bytes(b"broken")
     with pytest.raises(ValueError, match="begin anew with --overwrite"):
-        Run(out, {"lr": 1}).begin(resume=True, overwrite=False)
+        Run(out, {"lr": 1}).look(resume=True, overwrite=False)
+    Run(out, {"lr": 1}).begin(anew=True)
+    assert not (tmp_path / "cat.state").exists()
 
 
 @pytest.mark.parametrize(
