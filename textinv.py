@@ -154,7 +154,13 @@ def open_image(source: str | Path | Image.Image) -> Image.Image:
             image.load()
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"{source}: not readable as a picture ({error})") from error
-    image = ImageOps.exif_transpose(image)
+    try:
+        image = ImageOps.exif_transpose(image)
+    except Exception as error:  # PIL raises whatever the damaged tags make it stumble over
+        warnings.warn(f"{source}: damaged EXIF ({error}), taken as it lies", stacklevel=2)
+    if image.mode == "F":
+        brightest = np.asarray(image).max()
+        image = image.point(lambda value: value * (255 if brightest <= 1 else 1))
     if image.mode.startswith("I"):  # 16 bits a pixel; PIL would clip them to white
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -249,7 +255,7 @@ def check_placeholder(model: LatentDiffusion, placeholder: str) -> None:
     fault = None
     if not placeholder or any(c.isspace() for c in placeholder):
         fault = "is empty or has a space in it"
-    elif placeholder.isalnum() and len(model.tokenizer.words(placeholder)) == 1:
+    elif placeholder.isalnum() and len(known_ids(model, placeholder)) == 1:
         fault = "is an ordinary word of this model"
     if fault:
         raise ValueError(
@@ -258,15 +264,24 @@ def check_placeholder(model: LatentDiffusion, placeholder: str) -> None:
         )
 
 
+def known_ids(model: LatentDiffusion, text: str) -> list[int]:
+    """The text's tokens but for those that stand for "unknown"."""
+    unknown = getattr(model.tokenizer, "unknown_id", None)  # CLIP's tokenizer knows every byte
+    return [i for i in model.tokenizer.words(text) if i != unknown]
+
+
 def initial_vectors(model: LatentDiffusion, init_word: str, count: int) -> Tensor:
     """(count, D) vectors of a coarse description ("cat", appendix F), any phrase.
 
     A phrase of more tokens than `count` is averaged in `count` consecutive groups; one of fewer
     is repeated from its beginning.
     """
-    ids = model.tokenizer.words(init_word)
+    ids = known_ids(model, init_word)
     if not ids:
-        raise ValueError(f"init word {init_word!r} has no tokens; use a coarse word such as cat")
+        raise ValueError(
+            f"init word {init_word!r} has no tokens that this model knows; use a coarse word such "
+            "as cat"
+        )
     vectors = model.text_encoder.token_table[torch.tensor(ids)].float()
     if count <= len(ids):
         return torch.stack([group.mean(0) for group in vectors.tensor_split(count)])
@@ -280,35 +295,38 @@ def initial_vectors(model: LatentDiffusion, init_word: str, count: int) -> Tenso
 class State:
     """Where training stands after a step.
 
-    `loss` is that of eq. 2 on the step's batch. `image_words` are empty unless asked for.
+    `loss` is that of eq. 2 on the step's batch. `concept` has the vectors in use so far (all of
+    them unless progressive), `image_words` are empty unless asked for.
     """
 
     step: int
     loss: Tensor
     concept: Concept
     image_words: list[Concept]
+    parameters: list[Tensor]
     optimizer: torch.optim.AdamW
 
     def tensors(self) -> dict[str, Tensor]:
         """All that the next step depends on beside the arguments, for `train(resume=...)`."""
         tensors = {"step": torch.tensor(self.step)}
-        for i, word in enumerate([self.concept, *self.image_words]):
-            tensors[f"{i}.vectors"] = word.vectors.detach()
+        for i, vectors in enumerate(self.parameters):
+            tensors[f"{i}.vectors"] = vectors.detach()
             for moment in ("exp_avg", "exp_avg_sq"):
-                tensors[f"{i}.{moment}"] = self.optimizer.state[word.vectors][moment]
+                tensors[f"{i}.{moment}"] = self.optimizer.state[vectors][moment]
         return {key: tensor.cpu().clone() for key, tensor in tensors.items()}
 
 
-def restore(words: Sequence[Concept], optimizer: torch.optim.AdamW, saved: dict) -> int:
+def restore(parameters: list[Tensor], optimizer: torch.optim.AdamW, saved: Mapping) -> int:
     """Put what `State.tensors` returned back where it was; the step that it was taken after."""
-    step = int(saved["step"])
-    for i, word in enumerate(words):
-        if saved[f"{i}.vectors"].shape != word.vectors.shape:
-            raise ValueError(f"the saved state has other vectors than {word.placeholder}")
-        word.vectors.data.copy_(saved[f"{i}.vectors"])
-        moments = {k: saved[f"{i}.{k}"].to(word.vectors) for k in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[word.vectors] = {"step": torch.tensor(float(step)), **moments}
-    return step
+    for i, vectors in enumerate(parameters):
+        names = [f"{i}.{kind}" for kind in ("vectors", "exp_avg", "exp_avg_sq")]
+        if any(n not in saved or saved[n].shape != vectors.shape for n in names):
+            raise ValueError("the state to resume from is of other vectors than are trained here")
+        value, *moments = (saved[n].to(vectors, copy=True) for n in names)
+        vectors.data.copy_(value)
+        step = torch.tensor(float(saved["step"]))
+        optimizer.state[vectors] = dict(step=step, exp_avg=moments[0], exp_avg_sq=moments[1])
+    return int(saved["step"])
 
 
 class NotFinite(ValueError):
@@ -370,9 +388,10 @@ def train(
     here it is off unless asked for.
 
     The setups of section 5.2: regularize: weight of the squared distance of each vector from where
-    it started. progressive: the second vector joins after 2/5 of the steps, the third after 4/5
-    (the paper: 2000 and 4000 of 5000). per_image: also learn a word for each picture, to hold what
-    only that picture shows; the prompts end "with" it.
+    it started (the paper's code mixes the vectors: it multiplies every difference with every
+    other). progressive, with three vectors: the second joins after 2/5 of the steps, the third
+    after 4/5 (the paper: 2000 and 4000 of 5000). per_image: also learn a word for each picture, to
+    hold what only that picture shows; the prompts end "with" it.
 
     resume: the `tensors` of a State; steps are counted from the very beginning. The same seed
     gives the same word, to the last bit, resumed or not, on the same machine and precision.
@@ -383,6 +402,8 @@ def train(
     steps, batch_size, lr = hyperparameters(model, steps, batch_size, lr)
     check_range(1, vectors=vectors)
     check_range(0, weight_decay=weight_decay, regularize=regularize, seed=seed)
+    if progressive and vectors != 3:
+        raise ValueError(f"progressive training ends with 3 vectors, not with {vectors}")
     check_placeholder(model, placeholder)
     pixels = prepare_images(images, model.size)
     texts = texts_by_picture(templates, len(pixels))
@@ -395,10 +416,12 @@ def train(
     word = Concept(placeholder, start.clone(), {k: str(v) for k, v in metadata.items()})
     image_words = first_image_words(model, placeholder, len(pixels)) if per_image else []
     words = [word, *image_words]
-    warn_of_cuts(model, [fill(text, words, -1) for texts_ in texts for text in texts_], words)
+    check_prompts(model, [fill(text, words, -1) for own in texts for text in own], words)
     parameters = [w.vectors.requires_grad_() for w in words]
     optimizer = torch.optim.AdamW(parameters, lr=lr * batch_size, weight_decay=weight_decay)
-    done = restore(words, optimizer, resume) if resume else 0
+    done = restore(parameters, optimizer, resume) if resume else 0
+    if done >= steps:
+        raise ValueError(f"step {done} of {steps} is done already; ask for more steps")
 
     def loop() -> Iterator[State]:
         model.unet.gradient_checkpointing = gradient_checkpointing
@@ -413,21 +436,22 @@ def train(
                 prompts = [fill(draw.choice(texts[i]), words, i) for i in shown]
                 if progressive:
                     used = 1 + (step - 1) * 5 // (2 * steps)
-                    words[0] = replace(word, vectors=word.vectors[:used])
+                    words[0] = replace(word, vectors=parameters[0][:used])
 
                 loss = diffusion_loss(model, z, prompts, words, t.to(z.device), noise)
-                drift = ((word.vectors - start) ** 2).sum(dim=1).mean()
+                drift = ((parameters[0] - start) ** 2).sum()
                 optimizer.zero_grad()
                 (loss + regularize * drift).backward()
                 if not all(p.grad.isfinite().all() for p in parameters):
                     raise NotFinite("gradient")
                 optimizer.step()
                 word.metadata["steps"] = str(step)
-                yield State(step, loss.detach(), word, image_words, optimizer)
+                yield State(step, loss.detach(), words[0], image_words, parameters, optimizer)
         except NotFinite as error:
             raise NotFinite(
                 f"step {step}: the {error} gave NaN or infinity; the word is left as it was before "
-                "that step; try --precision bf16 or fp32, or a lower --lr"
+                "that step; begin anew with another --out and --precision bf16 or fp32, or a lower "
+                "--lr"
             ) from None
         finally:
             model.unet.gradient_checkpointing = False
@@ -438,7 +462,7 @@ def train(
 def check_range(least: float, **numbers: float) -> None:
     for name, number in numbers.items():
         if not least <= number < 2**53:  # NaN is refused too
-            raise ValueError(f"{name} is {number}; it must be at least {least:g}")
+            raise ValueError(f"{name} is {number}; it must be at least {least:g} and below 2**53")
 
 
 def hyperparameters(model: LatentDiffusion, steps, batch_size, lr) -> tuple[int, int, float]:
@@ -464,6 +488,19 @@ def texts_by_picture(templates, pictures: int) -> list[list[str]]:
     if not all(texts) or not all("{}" in text for own in texts for text in own):
         raise ValueError("every template needs a {} where the word goes, as in 'a photo of a {}'")
     return texts
+
+
+def check_prompts(model: LatentDiffusion, prompts: Sequence[str], words: Sequence[Concept]) -> None:
+    """Every training prompt must show the word to the text encoder, or there is nothing to learn:
+    in "my-cats" there is no my-cat, and the end of a long prompt is cut off."""
+    warn_of_cuts(model, prompts, words)
+    placeholders, word = model.placeholders(words), words[0].placeholder
+    for prompt in dict.fromkeys(prompts):
+        if placeholders[word][0] not in model.tokenizer.encode(prompt, placeholders):
+            raise ValueError(
+                f"{word} is not read in {prompt!r}: it touches other letters, or is cut off; use a "
+                "name like <cat>, or a shorter template"
+            )
 
 
 def fill(template: str, words: Sequence[Concept], picture: int) -> str:
@@ -592,7 +629,12 @@ def sample(
 
         for latents in model.schedule.ddim_sample(predict, draw(), steps, eta, draw):
             pass
-        images += to_pil(model.decode_latents(latents))
+        pixels = model.decode_latents(latents)
+        if not pixels.isfinite().all():
+            raise NotFinite(
+                "sampling gave NaN or infinity; try --precision bf16 or fp32, or a lower --guidance"
+            )
+        images += to_pil(pixels)
     return images
 
 
@@ -629,6 +671,7 @@ def evaluate(
     "score"}; the kind of the first, "A photo of {}", is "reconstruction". Raises ValueError as
     `sample` does.
     """
+    check_range(1, n=n)
     prompts = read_prompts() if prompts is None else prompts
     pictures = find_images(images) if isinstance(images, (str, Path)) else images
     originals = scorer.images([open_image(picture) for picture in pictures])

@@ -63,17 +63,27 @@ def some(names: Iterable[str]) -> str:
     return shown + ", ..." * (len(names) > 3) if names else "nothing"
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out; PyTorch says so in a plain RuntimeError on the CPU, and on a GPU
+    where a library of NVIDIA's found out."""
+    said = "out of memory|can't allocate memory|not enough memory|ALLOC_FAILED"
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or re.search(said, str(error)) is not None
+
+
 @contextmanager
 def checking(path: Path):
     """Turns whatever a damaged or foreign file makes the code below stumble over (nearly any
     exception: parsers and shape arithmetic trust their input) into one line about that file."""
     try:
         yield
-    except (CheckpointError, MemoryError, torch.OutOfMemoryError):
+    except CheckpointError:
         raise
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}; {EXPECTED}") from error
     except Exception as error:
+        if out_of_memory(error):
+            raise
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(
             f"{path}: damaged or foreign, found {contents(path)} ({reason[:200]}); {EXPECTED}"
@@ -222,9 +232,13 @@ class Stub:
 def rebuild_tensor(storage, offset, shape, stride, *_) -> Stored:
     file, start, count, dtype = storage
     shape, stride = tuple(shape), tuple(stride)
+    numbers = (offset, *shape, *stride)
+    # Trap: a pickle may hold integers of thousands of digits, and arithmetic on them takes hours.
+    if len(numbers) > 17 or not all(isinstance(n, int) and 0 <= n < 2**62 for n in numbers):
+        raise ValueError("a tensor of impossible shape")
     last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
     inside = 0 in shape or max(math.prod(shape), last + 1) <= count
-    if min((offset, *shape, *stride)) < 0 or not inside:
+    if not inside:
         raise ValueError(f"a tensor of shape {shape} reaches beyond its {count} numbers")
 
     def view(flat: Tensor) -> Tensor:
@@ -255,21 +269,37 @@ def hashing(opcode: bytes, keys: Callable[[list], list]) -> Callable:
     return load
 
 
+def build(unpickler) -> None:
+    """BUILD gives an object its state: here to stubs alone, so that nothing of ours is changed."""
+    state = unpickler.stack.pop()
+    if isinstance(unpickler.stack[-1], Stub):
+        unpickler.stack[-1].__setstate__(state)
+
+
+def refuse(unpickler) -> None:
+    raise ValueError("an opcode that no checkpoint needs")
+
+
 class RestrictedUnpickler(pickle._Unpickler):
     """Admits containers and tensors; every other name becomes a `Stub`, and nothing is imported.
 
     Tensors come out as `Stored`. Trap: the Lightning files of LDM and Stable Diffusion name
     classes of packages that are not installed, so refusing unknown names would refuse them.
-    The unpickler in Python, not the one in C: there one opcode can ask for gigabytes.
+    The unpickler in Python, not the one in C, where a few bytes can ask for gigabytes.
     """
 
-    dispatch = pickle._Unpickler.dispatch | {
-        pickle.SETITEM[0]: hashing(pickle.SETITEM, lambda stack: stack[-2:-1]),
-        pickle.SETITEMS[0]: hashing(pickle.SETITEMS, lambda stack: stack[::2]),
-        pickle.DICT[0]: hashing(pickle.DICT, lambda stack: stack[::2]),
-        pickle.ADDITEMS[0]: hashing(pickle.ADDITEMS, lambda stack: stack),
-        pickle.FROZENSET[0]: hashing(pickle.FROZENSET, lambda stack: stack),
-    }
+    dispatch = (
+        pickle._Unpickler.dispatch
+        | {
+            pickle.BUILD[0]: build,
+            pickle.BYTEARRAY8[0]: refuse,  # allocates what it says before reading
+            pickle.SETITEM[0]: hashing(pickle.SETITEM, lambda stack: stack[-2:-1]),
+            pickle.SETITEMS[0]: hashing(pickle.SETITEMS, lambda stack: stack[::2]),
+            pickle.DICT[0]: hashing(pickle.DICT, lambda stack: stack[::2]),
+            pickle.ADDITEMS[0]: hashing(pickle.ADDITEMS, lambda stack: stack),
+            pickle.FROZENSET[0]: hashing(pickle.FROZENSET, lambda stack: stack),
+        }
+    )
 
     def __init__(self, archive: "TorchArchive", data):
         super().__init__(data)
@@ -339,11 +369,11 @@ def open_state(path: Path) -> State:
         content = TorchArchive(path).content
         if isinstance(content, Stub):
             content = scripted(content)
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds no table of tensors; {EXPECTED}")
-    return {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Stored)}
+        if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+            content = content["state_dict"]
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{path}: holds no table of tensors; {EXPECTED}")
+        return {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Stored)}
 
 
 # --------------------------------------------------------------------------------------- naming
@@ -630,6 +660,12 @@ def holds_model(path: Path) -> bool:
         return False
 
 
+def stored_precision(path: Path, family: str | None) -> str:
+    """The kind of numbers that a model's UNet is stored in: "float16"."""
+    with checking(path):
+        return str(take_apart(path, family).unet["out.2.weight"].read(None).dtype)[len("torch.") :]
+
+
 def settings_beside(path: Path) -> dict[str, str]:
     """Plain `key: value` lines of the original configuration beside a file, where there is one:
     model.yaml beside model.ckpt, or config.yaml."""
@@ -772,10 +808,10 @@ def find_device(name: str | torch.device | None) -> torch.device:
         device = best_device() if name is None else torch.device(name)
     except RuntimeError:
         raise ValueError(f"device {name!r} is not known; use cuda, mps or cpu") from None
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if device.type != "cpu" and not here.get(device.type):
+    here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available()}
+    if (device.index or 0) >= here.get(device.type, 0):
         raise ValueError(
-            f"no {device.type} device here; use --device cpu, or install a torch that supports it"
+            f"no device {device} here; use --device cpu, or install a torch that supports it"
         )
     return device
 

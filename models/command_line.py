@@ -7,6 +7,7 @@ is in textinv.py; here is what prints and writes.
 import argparse
 import hashlib
 import json
+import os
 import re
 import shlex
 import sys
@@ -47,8 +48,8 @@ from textinv import (
     warn_of_cuts,
 )
 
-from .checkpoint import BUNDLED, FAMILIES, holds_model, load_model
-from .embeddings import FORMATS, default_format
+from .checkpoint import BUNDLED, FAMILIES, holds_model, load_model, out_of_memory, stored_precision
+from .embeddings import FORMATS, Embedding, default_format, encode_embedding
 from .evaluation import Scorer, confidence, read_prompts
 from .files import Run, free_target, interruptible, write_file, write_png, write_table
 from .latent_diffusion import LatentDiffusion
@@ -56,16 +57,22 @@ from .latent_diffusion import LatentDiffusion
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="textinv.py", description=textinv.__doc__.splitlines()[0])
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):  # argparse itself prints the usage, many lines, and exits
+        raise ValueError(f"{message}; see {self.prog} --help")
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="textinv.py", description=textinv.__doc__.splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
 
-    shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--model", metavar="PATH", help="checkpoint; without it the bundled model")
-    shared.add_argument("--family", choices=FAMILIES, help="if the file's keys do not tell")
-    shared.add_argument("--prediction", choices=("eps", "v"), help="if the file does not tell")
-    shared.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
-    shared.add_argument("--precision", choices=PRECISIONS, help="the device's best by default")
+    loading = argparse.ArgumentParser(add_help=False)
+    loading.add_argument("--model", metavar="PATH", help="checkpoint; without it the bundled model")
+    loading.add_argument("--family", choices=FAMILIES, help="if the file's keys do not tell")
+    loading.add_argument("--prediction", choices=("eps", "v"), help="if the file does not tell")
+    loading.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
+    loading.add_argument("--precision", choices=PRECISIONS, help="the device's best by default")
+    shared = argparse.ArgumentParser(add_help=False, parents=[loading])
     shared.add_argument("--seed", type=int, default=0)
     shared.add_argument("--overwrite", action="store_true", help="replace files of this name")
 
@@ -75,10 +82,10 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--placeholder", metavar="WORD", help="what to call it; <NAME OF --out>")
     p.add_argument("--out", metavar="FILE", help="NAME OF FOLDER.safetensors by default")
     p.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
-    p.add_argument("--vectors", type=int, default=1, help="vectors per word (default 1)")
+    p.add_argument("--vectors", type=int, help="vectors per word (1; 3 if progressive)")
     p.add_argument("--steps", type=int)
     p.add_argument("--batch-size", type=int)
-    p.add_argument("--lr", type=rate, help="base rate times batch size, or base, high, low")
+    p.add_argument("--lr", type=rate, help="times the batch size; or base, high, low")
     p.add_argument("--weight-decay", type=float, default=0.0)
     p.add_argument("--regularize", type=float, default=0.0, metavar="W", help="hold to init word")
     p.add_argument("--progressive", action="store_true", help="one vector, then two, then three")
@@ -141,7 +148,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--overwrite", action="store_true", help="replace a file of this name")
     p.set_defaults(run=run_convert)
 
-    p = verbs.add_parser("show", parents=[shared, words], help="look into a file, or a prompt")
+    p = verbs.add_parser("show", parents=[loading, words], help="look into a file, or a prompt")
     p.add_argument("what", metavar="WORD-FILE|CHECKPOINT|PROMPT")
     p.set_defaults(run=run_show)
     return parser
@@ -149,7 +156,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def rate(text: str) -> float | str:
     """A learning rate as a number, or the name of one."""
-    return text if text in RATES else float(text)
+    try:
+        return text if text in RATES else float(text)
+    except ValueError:
+        message = f"{text!r} is no learning rate; use a number, {', '.join(RATES)}"
+        raise argparse.ArgumentTypeError(message) from None
 
 
 def load_for(args: argparse.Namespace) -> LatentDiffusion:
@@ -172,7 +183,7 @@ def near_words(paths: Sequence[Path], count: int = 5) -> str:
 
 def peak_memory(device: torch.device) -> str:
     if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
     try:
         import resource
     except ImportError:  # Windows
@@ -213,14 +224,24 @@ def read_lines(path: Path) -> list[str]:
     return lines
 
 
+def default_placeholder(name: str) -> str:
+    """ "my cat" is <my-cat>."""
+    return f"<{'-'.join(name.split())}>"
+
+
 def run_invert(args: argparse.Namespace) -> int:
     source = Path(args.images).resolve()
     name = Path(args.out).stem if args.out else source.stem if source.is_file() else source.name
     out = Path(args.out or f"{name}.safetensors")
     default_format(out.suffix)  # raises where it is none
-    placeholder = (
-        args.placeholder if args.placeholder is not None else f"<{'-'.join(name.split())}>"
-    )
+    if source.is_dir() and out.resolve().parent == source:
+        raise ValueError(
+            f"{out} lies among the pictures to learn from, and so would the previews; write it "
+            f"elsewhere, for example --out ../{out.name}"
+        )
+    if args.save_image_words and not args.per_image:
+        raise ValueError("--save-image-words saves the words of --per-image; add that, or drop it")
+    placeholder = default_placeholder(name) if args.placeholder is None else args.placeholder
     paths = find_images(args.images)
     if not args.init_word:
         raise ValueError(
@@ -233,7 +254,7 @@ def run_invert(args: argparse.Namespace) -> int:
     pixels = prepare_images(paths, model.size)
     steps, batch_size, lr = hyperparameters(model, args.steps, args.batch_size, args.lr)
     check_range(1, save_every=args.save_every)
-    vectors = max(3, args.vectors) if args.progressive else args.vectors
+    vectors = (3 if args.progressive else 1) if args.vectors is None else args.vectors
     options = dict(init_word=args.init_word, placeholder=placeholder, vectors=vectors)
     options |= dict(steps=steps, batch_size=batch_size, lr=lr, seed=args.seed)
     options |= dict(templates=read_templates(args.templates, paths), flip=not args.no_flip)
@@ -241,21 +262,27 @@ def run_invert(args: argparse.Namespace) -> int:
     options |= dict(progressive=args.progressive, per_image=args.per_image)
     pictures = hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:16]
     about = dict(model=model.name, fingerprint=model.fingerprint, precision=str(model.dtype))
-    about |= dict(pictures=pictures, progressive=steps if args.progressive else None)
+    about |= dict(prediction=model.schedule.prediction, pictures=pictures)
+    about |= dict(progressive=steps if args.progressive else None)  # its vectors join by steps
     run = Run(out, options | about)
     options |= dict(gradient_checkpointing=args.gradient_checkpointing)
     options |= dict(resume=run.look(args.resume, args.overwrite))
+    begun = int(options["resume"]["step"]) if options["resume"] else 0
+    if begun == steps and out.exists():
+        print(f"all {steps} steps are done; the word is in {out}")
+        return 0
     states = train(model, to_pil(pixels), **options)
+    start = initial_vectors(model, args.init_word, vectors)
+    encode_embedding(Embedding(placeholder, start), default_format(out.suffix), out.suffix)
     run.begin(anew=options["resume"] is None)
     write_png(run.path("inputs.png"), grid(to_pil(pixels)), {"what": "what the model sees"}, True)
-    begun = int(options["resume"]["step"]) if options["resume"] else 0
     where = f", from step {begun} on" if begun else ""
     print(f"learning {placeholder} from {len(pixels)} pictures, {steps} steps{where}, to {out}")
 
     progress = tqdm(states, total=steps, initial=begun, unit="step")
-    start = initial_vectors(model, args.init_word, vectors)
     if learn(model, progress, run, start, steps, args):
-        print(f"wrote {out}; try: {TRY.format(placeholder, out)}")
+        word = load_concept(out).placeholder  # .pt and .png have names of their own
+        print(f"wrote {out}; try: {TRY.format(word, out)}")
         return 0
     command = shlex.join(["python", *sys.argv, *["--resume"] * (not args.resume)])
     print(f"stopped; the word so far is in {out}; go on with: {command}")
@@ -274,10 +301,11 @@ def learn(model, progress: tqdm, run: Run, start: Tensor, steps: int, args) -> b
             for state in progress:
                 run.rows.append(row(state, start))
                 progress.set_postfix(loss=mean_loss(run), peak=peak_memory(model.device))
-                if every and state.step % every == 0 and state.step < steps:
-                    preview(model, run, state)
-                if asked or state.step % args.save_every == 0 or state.step == steps:
+                shown = every and state.step % every == 0 and state.step < steps
+                if asked or shown or state.step % args.save_every == 0 or state.step == steps:
                     save_run(run, state, args.save_image_words)
+                if shown:  # after saving: on a small GPU it may run out of memory
+                    preview(model, run, state)
                 if asked:
                     break
     except NotFinite:
@@ -286,13 +314,14 @@ def learn(model, progress: tqdm, run: Run, start: Tensor, steps: int, args) -> b
         raise
     finally:
         progress.close()
-    return state is None or state.step == steps
+    return state.step == steps
 
 
 def row(state: State, start: Tensor) -> dict[str, str]:
     """A line of the table: how long the vectors are and how far from where they started."""
     vectors = state.concept.vectors.detach().cpu()
-    norm, moved = vectors.norm(dim=1).mean(), (vectors - start.cpu()).norm(dim=1).mean()
+    moved = (vectors - start[: len(vectors)].cpu()).norm(dim=1).mean()
+    norm = vectors.norm(dim=1).mean()
     loss = state.loss.item()
     return dict(step=str(state.step), loss=f"{loss:.6f}", norm=f"{norm:.4f}", moved=f"{moved:.4f}")
 
@@ -317,7 +346,7 @@ def save_run(run: Run, state: State, image_words: bool) -> None:
 
 def load_words(files: Sequence[str], renames: Sequence[str]) -> list[Concept]:
     """The words of the files, under the names that --rename OLD=NEW gives them."""
-    new_names = dict(entry.partition("=")[::2] for entry in renames)
+    new_names = dict(entry.rpartition("=")[::2] for entry in renames)
     concepts, known = [], set()
     for path in files:
         for concept in load_concepts(path):
@@ -334,8 +363,18 @@ def load_words(files: Sequence[str], renames: Sequence[str]) -> list[Concept]:
     return concepts
 
 
+def free_png(path: str, overwrite: bool) -> Path:
+    if Path(path).suffix.lower() != ".png":
+        raise ValueError(f"{path} is no .png; pictures are written as PNG, with their settings")
+    return free_target(Path(path), overwrite)
+
+
 def run_sample(args: argparse.Namespace) -> None:
-    out = free_target(Path(args.out), args.overwrite)
+    out = free_png(args.out, args.overwrite)
+    check_range(1, n=args.n)
+    singles = [Path(args.singles or "") / f"{i:04d}.png" for i in range(args.n * len(args.prompts))]
+    for path in singles if args.singles else ():
+        free_target(path, args.overwrite)
     concepts = load_words(args.concept, args.rename)
     for word in unknown_words(args.prompts, concepts):
         known = ", ".join(c.placeholder for c in concepts) or "none"
@@ -355,9 +394,8 @@ def run_sample(args: argparse.Namespace) -> None:
         images = sample(model, prompt, concepts, n=args.n, **settings)
         for i, image in enumerate(images):
             if args.singles:
-                path = Path(args.singles) / f"{len(rows) + i:04d}.png"
                 text = {"prompt": prompt, "settings": settings | dict(seed=args.seed + i)}
-                write_png(path, image, text, args.overwrite)
+                write_png(singles[len(rows) + i], image, text, args.overwrite)
         rows += images
     columns = args.n if len(args.prompts) > 1 else None
     text = {"prompt": "\n".join(args.prompts), "settings": settings | dict(model=model.name)}
@@ -377,7 +415,7 @@ def subjects(args: argparse.Namespace) -> Iterator[tuple[str, str, Path, list[st
     sets = {}
     for path in args.concepts:
         name, folder = Path(path).stem, pictures_of(args.images, path)
-        word = replace(load_concept(path), placeholder=f"<{name}>")
+        word = replace(load_concept(path), placeholder=default_placeholder(name))
         yield Path(path).resolve().parent.name, name, folder, [word.placeholder], [word]
         sets[name] = folder
     for name, folder in (sets or {Path(args.images).name: Path(args.images)}).items():
@@ -386,7 +424,11 @@ def subjects(args: argparse.Namespace) -> Iterator[tuple[str, str, Path, list[st
             yield "prompt only", name, folder, [""], []
         if args.captions:
             file = Path(args.captions)
-            lines = (file if file.is_file() else folder / file).read_text("utf-8").splitlines()
+            file = file if file.is_file() else folder / file
+            try:
+                lines = file.read_text("utf-8").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise ValueError(f"{file}: no text file with captions ({error})") from None
             short = [line.strip() for line in lines if 0 < len(line.split()) <= 12]
             long = [line.strip() for line in lines if len(line.split()) > 12]
             for label, captions in (("short captions", short), ("long captions", long)):
@@ -399,8 +441,13 @@ def run_evaluate(args: argparse.Namespace) -> None:
     measured = list(subjects(args))
     if not measured:
         raise ValueError("nothing to measure; give words, --references or --captions FILE")
+    names = [subject[:2] for subject in measured]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"two words are {twice[1]} of the setup (folder) {twice[0]}; rename one")
+    chart = free_png(args.chart, args.overwrite) if args.chart else None
     prompts = read_prompts(args.prompts)
-    model, scorer = load_for(args), Scorer.load(args.clip)
+    model = load_for(args)
+    scorer = Scorer.load(args.clip, model.device)
     count = 1 + sum(map(len, prompts.values()))
     print(f"measuring {len(measured)} subject(s), {count} prompts x {args.n} samples, to {out}")
     options = dict(prompts=prompts, n=args.n, steps=args.steps, guidance_scale=args.guidance)
@@ -414,8 +461,8 @@ def run_evaluate(args: argparse.Namespace) -> None:
             write_table(out, rows, overwrite=args.overwrite or len(rows) > count)
     print_scores(rows)
     print(f"wrote {out}")
-    if args.chart:
-        draw_chart(rows, free_target(Path(args.chart), args.overwrite))
+    if chart:
+        draw_chart(rows, chart)
 
 
 def scores_of(rows: Sequence[dict]) -> dict[str, list[tuple[str, float, float]]]:
@@ -466,17 +513,22 @@ def run_convert(args: argparse.Namespace) -> None:
         )
     concept = replace(chosen[0], placeholder=placeholder)
     format = args.format or default_format(out.suffix)
+    if args.picture and out.suffix.lower() != ".png":
+        raise ValueError(f"--picture is what a .png shows; {out} is none")
     picture = open_image(args.picture) if args.picture else None
     concept.save(out, args.overwrite, format, picture)
-    print(f"wrote {out} ({format}): {concept.placeholder}, {tuple(concept.vectors.shape)}")
+    word = load_concept(out).placeholder
+    print(f"wrote {out} ({format}): {word}, {tuple(concept.vectors.shape)}")
+    if args.placeholder not in (None, word):
+        warnings.warn(f"in this format the word is called {word}, whatever --placeholder says")
 
 
 def run_show(args: argparse.Namespace) -> None:
     path = Path(args.what)
-    if path.is_dir() or (path.is_file() and holds_model(path)):
+    if args.what and os.path.isdir(path) or os.path.isfile(path) and holds_model(path):
         args.model = args.what
-        show_model(load_for(args))
-    elif path.is_file():
+        show_model(load_for(args), stored_precision(path, args.family))
+    elif os.path.isfile(path):
         show_words(load_words([args.what, *args.concept], args.rename), args)
     elif path.suffix in (".safetensors", ".ckpt", ".pt", ".bin", ".png"):
         raise ValueError(f"{path}: no such file")
@@ -497,7 +549,8 @@ def token(model: LatentDiffusion, concepts: Sequence[Concept], i: int) -> str:
     return next(text for text, number in model.tokenizer.ids.items() if number == i)
 
 
-def show_model(model: LatentDiffusion) -> None:
+def show_model(model: LatentDiffusion, precision: str) -> None:
+    print(f"stored as {precision}")
     for name in ("unet", "autoencoder", "text_encoder"):
         count = sum(p.numel() for p in getattr(model, name).parameters())
         print(f"{name:12} {count / 1e6:8,.1f}M parameters")
@@ -528,27 +581,26 @@ def show_words(concepts: Sequence[Concept], args: argparse.Namespace) -> None:
             print(f"  learnt with another model: this one's words have {table.shape[1]} numbers")
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out; on the CPU PyTorch says so in a plain RuntimeError."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "alloc" in str(error)
+LESS_MEMORY = {
+    "invert": "--batch-size 1, --gradient-checkpointing, --precision bf16, --preview-every 0",
+    "sample": "a smaller -n or --size, --precision bf16, --device cpu",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0, or 2 with one line on standard error for a user's mistake, or 130
     after Ctrl-C."""
     warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
-    args = build_parser().parse_args(argv)
     try:
+        args = build_parser().parse_args(argv)
         return args.run(args) or 0
     except (ValueError, OSError) as error:
         reason = str(error)
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        reason = (
-            "out of memory; try --batch-size 1, --gradient-checkpointing, --precision bf16, a "
-            "smaller --size or -n, or --device cpu"
-        )
+        remedy = LESS_MEMORY.get(args.verb, "--precision bf16, --device cpu")
+        reason = f"out of memory; what helps: {remedy}"
     except KeyboardInterrupt:
         print("textinv: stopped", file=sys.stderr)
         return 130

@@ -13,15 +13,18 @@ generators, and a run that was killed goes on to the same bits from whichever st
 """
 
 import csv
+import glob
 import io
 import json
 import os
+import secrets
+import shutil
 import signal
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from PIL import Image, PngImagePlugin
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -30,10 +33,13 @@ from torch import Tensor
 
 def free_target(path: Path, overwrite: bool) -> Path:
     """The path, if it may be written: said before the work, not after it."""
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; give the name of a file")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is a folder or a device; give the name of a file")
     if path.exists() and not overwrite:
         raise ValueError(f"{path} exists; choose another name or say --overwrite")
+    folder = next(p for p in path.resolve().parents if p.exists())
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise ValueError(f"{path} cannot be written: {folder} is no folder that you may write to")
     return path
 
 
@@ -43,25 +49,22 @@ def write_file(path: str | Path, content: bytes, overwrite: bool = False) -> Non
     Raises ValueError where the target exists or cannot be written.
     """
     path = free_target(Path(path), overwrite)
-    temporary = None
+    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f".{path.name[:100]}.", delete=False
-        ) as file:
-            temporary = file.name
+        with open(temporary, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # it was made for its owner alone
+        if path.exists():
+            shutil.copymode(path, temporary)
         os.replace(temporary, path)
-        temporary = None
     except OSError as error:
-        reason = error.strerror or error
-        raise ValueError(f"{path} cannot be written: {reason}; free it or choose another") from None
+        raise ValueError(
+            f"{path} cannot be written: {error.strerror or error}; make room, or write elsewhere"
+        ) from None
     finally:
-        if temporary:
-            os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
 
 
 def write_png(path: str | Path, image: Image.Image, text: dict, overwrite: bool) -> None:
@@ -102,23 +105,39 @@ class Run:
         Raises ValueError where files that are not this run's would be lost, or where a setting
         differs from what the run began with; the number of steps may.
         """
-        own = [self.out, *map(self.path, ("json", "csv", "state", "inputs.png"))]
         if resume and self.path("json").exists():
             self.check_settings()
-            return self.read_state() if self.path("state").exists() else None
-        for path in filter(Path.exists, () if overwrite else own):
+            if self.path("state").exists():
+                state = self.read_state()
+                return state if int(state["step"]) else None
+            if not self.out.exists():
+                return None  # killed before the first step
+        for path in () if overwrite else self.files():
+            way = "its state is gone, so" if resume else "go on with --resume,"
             raise ValueError(
-                f"{path} exists; go on with --resume, choose another --out, or say --overwrite to "
-                "begin anew"
+                f"{path} exists; {way} choose another --out, or say --overwrite to begin anew"
             )
         return None
 
+    def files(self) -> list[Path]:
+        """What there is of the files that a run of this name writes."""
+        beside, suffix = glob.escape(self.out.stem), self.out.suffix
+        own = f"json csv state inputs.png step-[0-9]*.png image-[0-9]*{suffix}".split()
+        found = [p for name in own for p in self.out.parent.glob(f"{beside}.{name}")]
+        return [self.out] * self.out.exists() + found
+
     def begin(self, anew: bool) -> None:
-        """Write the settings, before the first step; `anew` takes another run's state away."""
-        if anew:
-            self.path("state").unlink(missing_ok=True)
+        """Write the settings, before the first step. `anew` takes another run's files away but
+        the word, whose place is taken by the first save."""
+        for path in self.out.parent.glob(f".{glob.escape(self.out.stem)}.*.tmp"):
+            path.unlink()  # what a killed process left
+        for path in self.files() if anew else ():
+            if path != self.out:
+                path.unlink()
         text = json.dumps(self.settings, indent=1, ensure_ascii=False) + "\n"
         write_file(self.path("json"), text.encode(), overwrite=True)
+        if anew:  # a run without a state, but with a word, is not ours to overwrite
+            self.save({"step": torch.tensor(0)})
 
     def check_settings(self) -> None:
         path = self.path("json")

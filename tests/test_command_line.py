@@ -96,6 +96,11 @@ def test_mistakes_are_one_line_and_exit_status_2_of_the_process(tmp_path, argume
         (["--out", "word.doc"], "possible are .safetensors, .pt, .png"),
         (["--out", "."], "words are not written as"),
         (["--save-every", "0"], "save_every is 0"),
+        (["--steps", "many"], "invalid int value: 'many'; see textinv.py invert --help"),
+        (["--lr", "quick"], "use a number, base, high, low"),
+        (["--save-image-words"], "--per-image"),
+        (["--vectors", "1001"], "V from 1 to 1,000"),
+        (["--progressive", "--vectors", "2"], "ends with 3 vectors"),
     ],
 )
 def test_mistakes_in_learning(tmp_path, monkeypatch, capsys, change, says):
@@ -116,6 +121,7 @@ def test_mistakes_in_learning(tmp_path, monkeypatch, capsys, change, says):
         (["--guidance", "nan"], "guidance_scale is nan"),
         (["--concept", "nowhere.safetensors"], "No such file"),
         (["--rename", "a=b"], "no word or file of that name"),
+        (["--out", "a.jpg"], "is no .png"),
     ],
 )
 def test_mistakes_in_drawing(tmp_path, monkeypatch, capsys, change, says):
@@ -161,9 +167,44 @@ def test_odd_pictures_are_taken(tmp_path):
     Image.new("1", (1, 1), 1).save(tmp_path / "dot.png")
     with pytest.warns(UserWarning, match="dot.png has 1x1 pixels, enlarged"):
         pixels = textinv.prepare_images(tmp_path, 8)
-    assert pixels.shape == (6, 3, 8, 8) and pixels.isfinite().all()
-    names = [p.name for p in textinv.find_images(tmp_path)]
-    assert pixels[names.index("deep.png")].mean() == pytest.approx(40_000 / 32768 - 1, abs=0.01)
+    assert pixels.shape == (6, 3, 8, 8)
+    plain = textinv.prepare_images([rgb], 8)[0]
+    means = {p.name: q.mean() for p, q in zip(textinv.find_images(tmp_path), pixels)}
+    for name in ("cmyk.jpg", "moving.gif", "gray-alpha.png"):
+        assert means[name] == pytest.approx(plain.mean(), abs=0.1), name
+    assert means["deep.png"] == pytest.approx(40_000 / 32768 - 1, abs=0.01)
+    light = textinv.open_image(Image.fromarray(np.full((2, 2), 0.5, np.float32)))
+    assert light.getpixel((0, 0)) == (127, 127, 127)
+
+
+def test_damaged_exif_does_not_stop_a_picture(tmp_path):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png", exif=b"no exif at all")
+    with pytest.warns(UserWarning, match="damaged EXIF"):
+        assert textinv.open_image(tmp_path / "a.png").getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_the_word_is_not_written_among_the_pictures(tmp_path, monkeypatch, capsys):
+    shutil.copytree(MUSHROOM, tmp_path / "m")
+    monkeypatch.chdir(tmp_path / "m")
+    said = mistake(capsys, "invert", ".", "--init-word", "plant", "--steps", "1")
+    assert "--out ../m.safetensors" in said
+    assert len(list((tmp_path / "m").iterdir())) == 5
+
+
+def test_a_finished_run_is_left_alone(tmp_path, capsys):
+    out = tmp_path / "w.pt"
+    learn = [*LEARN, "--steps", "2", "--preview-every", "0", "--out", str(out)]
+    assert textinv.main(learn) == 0
+    assert "'a photo of *'" in capsys.readouterr().out  # the paper's format has no other name
+    before = out.read_bytes()
+    assert textinv.main([*learn, "--resume"]) == 0
+    assert "all 2 steps are done" in capsys.readouterr().out and out.read_bytes() == before
+    (tmp_path / "w.state").unlink()
+    assert "its state is gone" in mistake(capsys, *learn, "--resume")
+    (tmp_path / "w.step-7.png").write_text("mine")
+    for name in ("w.pt", "w.csv", "w.json", "w.inputs.png"):
+        (tmp_path / name).unlink()
+    assert "w.step-7.png exists" in mistake(capsys, *learn)
 
 
 def test_a_full_disk_is_said_before_the_first_step(tmp_path, capsys, monkeypatch):
@@ -195,14 +236,20 @@ def test_nan_keeps_the_last_good_word(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA"), RuntimeError("can't allocate memory"), MemoryError()]
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"),
+        MemoryError(),
+    ],
 )
 def test_out_of_memory_says_what_helps(capsys, monkeypatch, error):
     def fail(args):
         raise error
 
     monkeypatch.setattr(command_line, "run_sample", fail)
-    assert "--batch-size 1, --gradient-checkpointing" in mistake(capsys, "sample", "a cat")
+    assert "what helps: a smaller -n or --size" in mistake(capsys, "sample", "a cat")
 
 
 def test_several_words_clash_until_one_is_renamed(word, tmp_path, capsys):
@@ -252,12 +299,16 @@ def test_show_looks_into_words_checkpoints_and_prompts(word, capsys):
     assert "init_word: plant" in said and "norm" in said
     assert textinv.main(["show", str(TINY / "sd2" / "model.safetensors"), "--device", "cpu"]) == 0
     said = capsys.readouterr().out
-    assert "sd2" in said and "-prediction" in said and "unet" in said
+    assert "sd2" in said and "-prediction" in said and "stored as float16" in said
+    assert "unet" in said and "M parameters" in said
     prompt = ["show", "a cat <m>", "--concept", word, "--device", "cpu"]
     assert textinv.main(prompt) == 0
     said = capsys.readouterr().out
     assert " cat\n" in said and "<m>, vector 1 of 1" in said
     assert "no such file" in mistake(capsys, "show", "nowhere.safetensors")
+    assert textinv.main(["show", "cat " * 200, "--device", "cpu"]) == 0
+    said = capsys.readouterr()
+    assert "only the first 22 are read" in said.err and said.out.count(" cat\n") == 22
 
 
 def test_captions_beside_the_pictures_are_templates(tmp_path):

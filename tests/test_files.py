@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import textinv
 from models.files import Run, interruptible, write_file
@@ -21,12 +22,10 @@ LEARN = ["invert", str(MUSHROOM), "--init-word", "plant", "--device", "cpu"]
 SMALL = ["--batch-size", "1", "--preview-every", "0", "--save-every", "3"]
 
 
-def start(*arguments: str) -> subprocess.Popen:
+def start(*arguments: str, **pipes) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, ROOT / "textinv.py", *LEARN, *SMALL, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+        **(pipes or dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)),
     )
 
 
@@ -46,6 +45,9 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
+    target.chmod(0o600)
+    write_file(target, b"old", overwrite=True)
+    assert target.stat().st_mode & 0o777 == 0o600
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(ValueError, match="No space left on device"):
         write_file(target, b"new", overwrite=True)
@@ -56,8 +58,9 @@ def test_a_folder_that_is_a_file_and_a_target_that_is_a_folder_are_refused(tmp_p
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="cannot be written"):
         write_file(tmp_path / "file" / "a", b"")
-    with pytest.raises(ValueError, match="is a folder"):
-        write_file(tmp_path, b"", overwrite=True)
+    for target in (tmp_path, Path(os.devnull)):
+        with pytest.raises(ValueError, match="is a folder or a device"):
+            write_file(target, b"", overwrite=True)
 
 
 def test_a_run_takes_no_other_files_place_and_goes_on_only_as_it_began(tmp_path):
@@ -81,7 +84,7 @@ def test_a_run_takes_no_other_files_place_and_goes_on_only_as_it_began(tmp_path)
     with pytest.raises(ValueError, match="begin anew with --overwrite"):
         Run(out, {"lr": 1}).look(resume=True, overwrite=False)
     Run(out, {"lr": 1}).begin(anew=True)
-    assert not (tmp_path / "cat.state").exists()
+    assert Run(out, {"lr": 1}).look(resume=True, overwrite=False) is None
 
 
 @pytest.mark.parametrize(
@@ -101,25 +104,32 @@ def test_killed_at_random_moments_it_resumes_to_the_same_bits(tmp_path, full):
     steps, kills = ("200", 50) if full else ("40", 4)
     whole, parts = tmp_path / "whole" / "m.safetensors", tmp_path / "parts" / "m.safetensors"
     assert start("--steps", steps, "--out", str(whole)).wait() == 0
-    draw = random.Random(0)
-    for _ in range(kills):
+    draw, reached = random.Random(0), []
+    for life in range(kills):
         process = start("--steps", steps, "--out", str(parts), "--resume")
-        written = parts.with_suffix(".json")
-        began = time.time()
-        while process.poll() is None and not (written.exists() and written.stat().st_mtime > began):
+        # Half of the lives reach a state of their own, the others end anywhere.
+        written, began = parts.with_suffix(".state" if life % 2 else ".json"), time.time()
+        while process.poll() is None:
+            if written.exists() and written.stat().st_mtime > began:
+                break
             time.sleep(0.01)
         time.sleep(draw.uniform(0, 0.8))
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.wait(60)
         for word in parts.parent.glob("*.safetensors"):
             assert textinv.load_concept(word).vectors.isfinite().all()
+        state = parts.with_suffix(".state")
+        reached.append(int(load_file(state)["step"]) if state.exists() else 0)
+    assert reached == sorted(reached) and 0 < reached[1] < int(steps)
     assert start("--steps", steps, "--out", str(parts), "--resume").wait() == 0
     assert results(whole) == results(parts)
+    assert not list(parts.parent.glob(".*"))  # what the killed left is gone
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     out = tmp_path / "m.safetensors"
-    process = start("--steps", "5000", "--out", str(out))
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = start("--steps", "5000", "--out", str(out), **pipes)
     while not out.exists() and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
