@@ -86,7 +86,10 @@ def test_mistakes_are_one_line_and_exit_status_2_of_the_process(tmp_path, argume
         (["--seed", "-1"], "seed is -1"),
         (["--batch-size", "0"], "batch_size is 0"),
         (["--vectors", "0"], "vectors is 0"),
-        (["--init-word", "  "], "has no tokens; use a coarse word such as cat"),
+        (
+            ["--init-word", "  "],
+            "no tokens that this model knows; use a coarse word",
+        ),
         (["--placeholder", "my cat"], "has a space in it; use one like <cat>"),
         (["--placeholder", ""], "is empty"),
         (["--placeholder", "cat"], "is an ordinary word of this model"),
@@ -169,9 +172,9 @@ def test_odd_pictures_are_taken(tmp_path):
         pixels = textinv.prepare_images(tmp_path, 8)
     assert pixels.shape == (6, 3, 8, 8)
     plain = textinv.prepare_images([rgb], 8)[0]
-    means = {p.name: q.mean() for p, q in zip(textinv.find_images(tmp_path), pixels)}
+    means = {p.name: q.mean().item() for p, q in zip(textinv.find_images(tmp_path), pixels)}
     for name in ("cmyk.jpg", "moving.gif", "gray-alpha.png"):
-        assert means[name] == pytest.approx(plain.mean(), abs=0.1), name
+        assert means[name] == pytest.approx(plain.mean().item(), abs=0.1), name
     assert means["deep.png"] == pytest.approx(40_000 / 32768 - 1, abs=0.01)
     light = textinv.open_image(Image.fromarray(np.full((2, 2), 0.5, np.float32)))
     assert light.getpixel((0, 0)) == (127, 127, 127)

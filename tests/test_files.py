@@ -99,27 +99,32 @@ def test_more_steps_later_equal_all_steps_at_once(tmp_path, options):
     assert results(whole) == results(parts)
 
 
+def step_of(out: Path) -> int:
+    state = out.with_suffix(".state")
+    return int(load_file(state)["step"]) if state.exists() else 0
+
+
 def test_killed_at_random_moments_it_resumes_to_the_same_bits(tmp_path, full):
     """SIGKILL leaves no time to clean up. Each life begins with --resume, as a user would."""
-    steps, kills = ("200", 50) if full else ("40", 4)
+    steps, kills = ("1500", 50) if full else ("120", 4)
     whole, parts = tmp_path / "whole" / "m.safetensors", tmp_path / "parts" / "m.safetensors"
     assert start("--steps", steps, "--out", str(whole)).wait() == 0
     draw, reached = random.Random(0), []
     for life in range(kills):
+        before, began = step_of(parts), time.time()
         process = start("--steps", steps, "--out", str(parts), "--resume")
-        # Half of the lives reach a state of their own, the others end anywhere.
-        written, began = parts.with_suffix(".state" if life % 2 else ".json"), time.time()
-        while process.poll() is None:
-            if written.exists() and written.stat().st_mtime > began:
+        settings = parts.with_suffix(".json")
+        while process.poll() is None:  # every second life reaches a state of its own
+            begun = settings.exists() and settings.stat().st_mtime > began
+            if begun and (life % 2 == 0 or step_of(parts) > before):
                 break
             time.sleep(0.01)
-        time.sleep(draw.uniform(0, 0.8))
+        time.sleep(draw.uniform(0, 0.5))
         process.send_signal(signal.SIGKILL)
         process.wait(60)
         for word in parts.parent.glob("*.safetensors"):
             assert textinv.load_concept(word).vectors.isfinite().all()
-        state = parts.with_suffix(".state")
-        reached.append(int(load_file(state)["step"]) if state.exists() else 0)
+        reached.append(step_of(parts))
     assert reached == sorted(reached) and 0 < reached[1] < int(steps)
     assert start("--steps", steps, "--out", str(parts), "--resume").wait() == 0
     assert results(whole) == results(parts)

@@ -96,11 +96,8 @@ def pictures() -> dict[str, bytes]:
     files, with_exif = {}, ("png", "jpg", "webp")
     for suffix in ("png", "jpg", "webp", "gif", "tiff", "bmp"):
         file = io.BytesIO()
-        rgb.save(
-            file,
-            {"jpg": "jpeg"}.get(suffix, suffix),
-            **({"exif": exif} if suffix in with_exif else {}),
-        )
+        options = {"exif": exif} if suffix in with_exif else {}
+        rgb.save(file, {"jpg": "jpeg"}.get(suffix, suffix), **options)
         files[f"p.{suffix}"] = file.getvalue()
     return files
 
