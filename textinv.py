@@ -558,7 +558,7 @@ def check_concepts(model: LatentDiffusion, concepts: Sequence[Concept]) -> None:
             raise ValueError(
                 f"{concept.placeholder} has vectors {concept.vectors.shape[1]} wide, this model's "
                 f"words are {width} wide; it was learnt with another model "
-                f"({concept.metadata.get('base_model', 'unknown')})"
+                f"({concept.metadata.get('base_model', 'unknown')}), so give that one with --model"
             )
         if concept.placeholder in seen:
             raise ValueError(
