@@ -68,9 +68,8 @@ def main() -> None:
     for share in list(rows[0])[2:]:
         for kind in ("object", "style"):
             ps = [float(row[share]) for row in rows if row["kind"] == kind]
-            print(
-                f"{share} of the distances, {kind}s covered: {sum(p > 0.05 for p in ps)} of {len(ps)}"
-            )
+            covered = sum(p > 0.05 for p in ps)
+            print(f"{share} of the distances, {kind}s covered: {covered} of {len(ps)}")
 
 
 if __name__ == "__main__":
