@@ -112,7 +112,7 @@ TEMPLATES = {"object": OBJECT_TEMPLATES, "style": STYLE_TEMPLATES}
 # Steps, batch size and base learning rate. The paper's (appendix F) are for LDM and serve Stable
 # Diffusion too; the bundled model is small and quick. The rate is multiplied by the batch size,
 # as the paper does: 0.005 x 2 GPUs x 4 pictures = 0.04.
-TRAINING = {"emoji": dict(steps=300, batch_size=8, lr=0.0025)}
+TRAINING = {"emoji": dict(steps=600, batch_size=8, lr=0.0025)}
 PAPER = dict(steps=5000, batch_size=4, lr=0.005)
 # The paper's High and Low (section 5.2) are 2e-2 and 1e-4 beside a base of 5e-3.
 RATES = {"base": 1.0, "high": 4.0, "low": 0.02}

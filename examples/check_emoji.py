@@ -73,7 +73,8 @@ def main() -> None:
     images = textinv.sample(
         model, PROMPTS, steps=args.steps, guidance_scale=args.guidance, seed=args.seed
     )
-    textinv.grid([i.resize((128, 128)) for i in images], columns=8).save(args.out)
+    sheet = textinv.grid([i.resize((128, 128)) for i in images], columns=8)
+    sheet.quantize(256).save(args.out, optimize=True)
 
     captions = PROMPTS + other_captions(26)
     scorer = Scorer.load()

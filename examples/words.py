@@ -3,7 +3,7 @@
     python examples/words.py --out examples/pictures/words.png
 
 A row is two of the pictures that a word was learnt from, then the word in six prompts. Takes some
-five minutes on two CPU cores with the bundled model; any other goes with --model.
+ten minutes on two CPU cores with the bundled model; any other goes with --model.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def main() -> None:
     model = textinv.load_model(args.model)
     rows = [image for name in args.concepts for image in row(model, name, args.seed)]
     sheet = textinv.grid([image.resize((112, 112)) for image in rows], columns=2 + len(PROMPTS))
-    sheet.save(args.out)
+    sheet.quantize(256).save(args.out, optimize=True)
     print(f"wrote {args.out}")
 
 
