@@ -2,8 +2,8 @@
 
 Both follow their original programs id by id. Placeholders, the new words of textual inversion,
 are cut out of the text before anything else sees it, so they are matched case-exactly, are never
-split, and any string will do (paper, section 3: "a string containing our placeholder word is
-first converted into tokens").
+split, and any string will do, but not inside another word (paper, section 3: "a string containing
+our placeholder word is first converted into tokens").
 """
 
 import gzip

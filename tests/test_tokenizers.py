@@ -128,7 +128,9 @@ def test_placeholders(name):
     assert ours.words("S*,S*", new) == [n + 3, *ours.tokenize(","), n + 3]
     assert ours.words("<CAT>", new) == ours.tokenize("<CAT>")  # case matters
     assert ours.words("wort s*", new) == ours.tokenize("wort s*")
-    assert ours.words("ofWortof", new) == [*of, n + 4, *of]  # in the middle of a word, too
+    assert ours.words("of Wort, of", new) == [*of, n + 4, *ours.tokenize(", of")]
+    assert ours.words("ofWortof", new) == ours.tokenize("ofWortof")  # not inside another word
+    assert ours.words("Worts", new) == ours.tokenize("Worts")
     assert ours.words("a photo of", new) == photo
     assert ours.words("&lt;cat&gt;", new) == ours.tokenize("&lt;cat&gt;")
 
