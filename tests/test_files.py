@@ -106,7 +106,7 @@ def step_of(out: Path) -> int:
 
 def test_killed_at_random_moments_it_resumes_to_the_same_bits(tmp_path, full):
     """SIGKILL leaves no time to clean up. Each life begins with --resume, as a user would."""
-    steps, kills = ("1500", 50) if full else ("120", 4)
+    steps, kills = ("1500", 50) if full else ("300", 4)
     whole, parts = tmp_path / "whole" / "m.safetensors", tmp_path / "parts" / "m.safetensors"
     assert start("--steps", steps, "--out", str(whole)).wait() == 0
     draw, reached = random.Random(0), []
