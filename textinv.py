@@ -251,9 +251,14 @@ def load_concept(path: str | Path) -> Concept:
     return concepts[0]
 
 
+def is_one_word(placeholder: str) -> bool:
+    """Neither empty nor with a space in it."""
+    return bool(placeholder) and not any(c.isspace() for c in placeholder)
+
+
 def check_placeholder(model: LatentDiffusion, placeholder: str) -> None:
     fault = None
-    if not placeholder or any(c.isspace() for c in placeholder):
+    if not is_one_word(placeholder):
         fault = "is empty or has a space in it"
     elif placeholder.isalnum() and len(known_ids(model, placeholder)) == 1:
         fault = "is an ordinary word of this model"

@@ -37,6 +37,7 @@ from textinv import (
     grid,
     hyperparameters,
     initial_vectors,
+    is_one_word,
     load_concept,
     load_concepts,
     open_image,
@@ -260,9 +261,10 @@ def run_invert(args: argparse.Namespace) -> int:
     options |= dict(templates=read_templates(args.templates, paths), flip=not args.no_flip)
     options |= dict(weight_decay=args.weight_decay, regularize=args.regularize)
     options |= dict(progressive=args.progressive, per_image=args.per_image)
-    pictures = hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:16]
+    digest = hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:16]
+    pictures = to_pil(pixels)
     about = dict(model=model.name, fingerprint=model.fingerprint, precision=str(model.dtype))
-    about |= dict(prediction=model.schedule.prediction, pictures=pictures)
+    about |= dict(prediction=model.schedule.prediction, pictures=digest)
     about |= dict(progressive=steps if args.progressive else None)  # its vectors join by steps
     run = Run(out, options | about)
     options |= dict(gradient_checkpointing=args.gradient_checkpointing)
@@ -271,13 +273,13 @@ def run_invert(args: argparse.Namespace) -> int:
     if begun == steps and out.exists():
         print(f"all {steps} steps are done; the word is in {out}")
         return 0
-    states = train(model, to_pil(pixels), **options)
+    states = train(model, pictures, **options)
     start = initial_vectors(model, args.init_word, vectors)
     encode_embedding(Embedding(placeholder, start), default_format(out.suffix), out.suffix)
     run.begin(anew=options["resume"] is None)
-    write_png(run.path("inputs.png"), grid(to_pil(pixels)), {"what": "what the model sees"}, True)
+    write_png(run.path("inputs.png"), grid(pictures), {"what": "what the model sees"}, True)
     where = f", from step {begun} on" if begun else ""
-    print(f"learning {placeholder} from {len(pixels)} pictures, {steps} steps{where}, to {out}")
+    print(f"learning {placeholder} from {len(pictures)} pictures, {steps} steps{where}, to {out}")
 
     progress = tqdm(states, total=steps, initial=begun, unit="step")
     if learn(model, progress, run, start, steps, args):
@@ -507,7 +509,7 @@ def run_convert(args: argparse.Namespace) -> None:
     if len(chosen) != 1:
         raise ValueError(f"{args.source} holds {names}; say which one with --word")
     placeholder = chosen[0].placeholder if args.placeholder is None else args.placeholder
-    if not placeholder or any(c.isspace() for c in placeholder):
+    if not is_one_word(placeholder):
         raise ValueError(
             f"--placeholder {placeholder!r} is empty or has a space; use one like <cat>"
         )
