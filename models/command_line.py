@@ -51,7 +51,7 @@ from textinv import (
 
 from .checkpoint import BUNDLED, FAMILIES, holds_model, load_model, out_of_memory, stored_precision
 from .embeddings import FORMATS, Embedding, default_format, encode_embedding
-from .evaluation import Scorer, confidence, read_prompts
+from .evaluation import Scorer, confidence, read_captions, read_prompts
 from .files import Run, free_target, interruptible, write_file, write_png, write_table
 from .latent_diffusion import LatentDiffusion
 
@@ -129,7 +129,7 @@ def build_parser() -> Parser:
     p.add_argument("concepts", nargs="*", metavar="CONCEPT", help="files; a folder is a setup")
     p.add_argument("--images", required=True, metavar="DIR", help="what they were learnt from")
     p.add_argument("--references", action="store_true", help="image only, prompt only")
-    p.add_argument("--captions", metavar="FILE", help="human captions, one a line, in their place")
+    p.add_argument("--captions", metavar="FILE", help="human captions; of FOLDER, its NAME.txt")
     p.add_argument("--prompts", metavar="FILE", help="'kind: prompt with {}' lines; the paper's")
     p.add_argument("--clip", metavar="PATH", help="OpenAI's ViT-B-32.pt; the bundled small CLIP")
     p.add_argument("-n", type=int, default=64, help="samples per prompt (default 64)")
@@ -426,16 +426,9 @@ def subjects(args: argparse.Namespace) -> Iterator[tuple[str, str, Path, list[st
             yield "prompt only", name, folder, [""], []
         if args.captions:
             file = Path(args.captions)
-            file = file if file.is_file() else folder / file
-            try:
-                lines = file.read_text("utf-8").splitlines()
-            except (OSError, UnicodeDecodeError) as error:
-                raise ValueError(f"{file}: no text file with captions ({error})") from None
-            short = [line.strip() for line in lines if 0 < len(line.split()) <= 12]
-            long = [line.strip() for line in lines if len(line.split()) > 12]
-            for label, captions in (("short captions", short), ("long captions", long)):
-                if captions:
-                    yield label, name, folder, captions, []
+            file = file / f"{name}.txt" if file.is_dir() else file
+            for label, captions in read_captions(file).items():
+                yield label, name, folder, captions, []
 
 
 def run_evaluate(args: argparse.Namespace) -> None:

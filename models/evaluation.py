@@ -109,6 +109,20 @@ def read_prompts(path: str | Path | None = None) -> dict[str, list[str]]:
     return prompts
 
 
+def read_captions(path: str | Path) -> dict[str, list[str]]:
+    """Section 5.2's human captions, one a line: {"short captions": those of up to 12 words, "long
+    captions": the others}, each only if there are any. Raises ValueError for what is no text."""
+    try:
+        lines = Path(path).read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: no text file with captions ({error})") from None
+    captions: dict[str, list[str]] = {}
+    for line in filter(None, map(str.strip, lines)):
+        length = "short" if len(line.split()) <= 12 else "long"
+        captions.setdefault(f"{length} captions", []).append(line)
+    return captions
+
+
 def reconstruction(samples: Tensor, images: Tensor) -> float:
     """Section 5.1: "the average pair-wise CLIP-space cosine-similarity between the generated
     images", 64 of "A photo of S*", "and the images of the concept-specific training set".
@@ -156,18 +170,24 @@ def closest(values: Tensor, share: float) -> Tensor:
     return values[(values - values.mean()).abs().argsort(stable=True)[:count]]
 
 
-def cluster_diversity(samples: Tensor, images: Tensor) -> float:
+def cluster_diversity(
+    samples: Tensor, images: Tensor, distance: Callable[[Tensor, Tensor], Tensor] = l2
+) -> float:
     """Appendix D: "generated images are assigned to a cluster containing their nearest training
     image [...]. The diversity metric is then the average pairwise distance between images in each
     cluster, averaged again over all the clusters." 0 for samples that repeat the training set.
 
-    samples (S, D) and images (N, D) are features; the distance is L2 between them, in [0, 2],
-    where the paper has LPIPS, a network of its own: compare with numbers from here only. Clusters
-    of fewer than two samples have no pair and do not count, as in the code of Ojha et al. (2021).
+    samples (S, ...) and images (N, ...) are features, or what else `distance` takes and makes
+    (S, N) of. L2 between features is in [0, 2]; the paper has LPIPS, a network of its own: compare
+    with numbers of the same distance only. Clusters of fewer than two samples have no pair and do
+    not count, as in the code of Ojha et al. (2021).
     """
-    nearest = l2(samples, images).argmin(dim=1)
-    clusters = [samples[nearest == i].double() for i in nearest.unique()]
-    spreads = [torch.pdist(cluster).mean() for cluster in clusters if len(cluster) > 1]
+    nearest = distance(samples, images).argmin(dim=1)
+    spreads = []
+    for i in nearest.unique():
+        cluster = samples[nearest == i]
+        if (count := len(cluster)) > 1:
+            spreads.append(distance(cluster, cluster).sum() / (count * (count - 1)))
     if not spreads:
         raise ValueError("no two samples are nearest to the same image; draw more samples")
     return torch.stack(spreads).mean().item()

@@ -1,0 +1,80 @@
+"""Appendix D: words for broad concepts, by the number of training steps and of pictures.
+
+    python examples/broad.py    # half an hour on two CPU cores; minutes with --quick
+
+Parrots (of three vendors, not one parrot) and blueprints (of anything) are learnt from 1 to 25
+pictures. At several steps samples of the word are compared with all hundred pictures: the Fréchet
+distance, the cluster diversity, and the scores of figure 14. Distances are of CLIP features; with
+lpips and clean-fid (lpips_fid.py) also the paper's own. At the end broad.csv, broad.png (needs
+matplotlib) and a table.
+"""
+
+import json
+
+import lpips_fid
+from experiment import Lab, options, tiles
+
+import textinv
+from models.evaluation import (
+    cluster_diversity,
+    editability,
+    frechet,
+    reconstruction,
+    without_placeholder,
+)
+from models.files import write_file, write_table
+
+# Sheet: init word, templates, and prompts: for the distances, then for editability.
+PARROTS = ["A photo of {}", "A photo of {} on the beach", "A sketch of {}"]
+BLUEPRINTS = ["A picture in the style of {}"]
+BLUEPRINTS += [f"A picture of a {thing} in the style of {{}}" for thing in ("castle", "cat")]
+SETS = {"parrots": ("bird", "object", PARROTS), "blueprints": ("sketch", "style", BLUEPRINTS)}
+
+
+def snapshots(lab: Lab, name: str, count: int, at: list[int]) -> list[textinv.Concept]:
+    """The word at several steps of one training run."""
+    paths = [lab.path("broad", f"{name}-{count}-{step}.safetensors") for step in at]
+    init_word, templates, _ = SETS[name]
+    if not all(path.exists() for path in paths):
+        given = dict(placeholder=f"<{name}>", templates=textinv.TEMPLATES[templates], steps=at[-1])
+        for state in textinv.train(lab.model, tiles(f"{name}.webp")[:count], init_word, **given):
+            if state.step in at:
+                state.concept.save(paths[at.index(state.step)], overwrite=True)
+    return [textinv.load_concept(path) for path in paths]
+
+
+def measures(lab: Lab, name: str, count: int, concept: textinv.Concept) -> dict[str, float]:
+    everything, prompts = tiles(f"{name}.webp"), SETS[name][2]
+    filled = [prompt.format(f"<{name}>") for prompt in prompts]
+    drawn = [textinv.sample(lab.model, p, [concept], **lab.sampling) for p in filled]
+    images = lab.scorer.images(everything)
+    plain, *edited = (lab.scorer.images(group) for group in drawn)
+    texts = lab.scorer.texts([without_placeholder(prompt, "{}") for prompt in prompts[1:]])
+    return lpips_fid.measures(drawn[0], everything, count) | dict(
+        frechet=frechet(plain, images),
+        diversity=cluster_diversity(plain, images[:count]),
+        reconstruction=reconstruction(plain, images),
+        editability=sum(map(editability, edited, texts)) / len(edited),
+    )
+
+
+def main() -> None:
+    args = options(__doc__, samples=64).parse_args()
+    lab, rows = Lab.of(args), []
+    at = [50, 150] if args.quick else [75, 150, 300, 600]
+    print(lpips_fid.networks()[-1])
+    for name in SETS:
+        for count in (1, 5) if args.quick else (1, 5, 10, 25):
+            for step, concept in zip(at, snapshots(lab, name, count, at)):
+                path = lab.path("broad", f"{name}-{count}-{step}.json")
+                if not path.exists():
+                    write_file(path, json.dumps(measures(lab, name, count, concept)).encode())
+                found = json.loads(path.read_text())
+                rows.append(dict(name=name, pictures=count, steps=step) | found)
+                scores = (f"{measure} {value:.3f}" for measure, value in found.items())
+                print(f"{name}, {count} pictures, {step} steps:", *scores, flush=True)
+    write_table(lab.out / "broad.csv", rows, overwrite=True)
+
+
+if __name__ == "__main__":
+    main()
