@@ -22,6 +22,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from models.checkpoint import load_model
+from models.editing import latent_mask, reconstruct, shrinking_masks, working_size
 from models.embeddings import Embedding, default_format, encode_embedding, read_embeddings
 from models.evaluation import (
     Scorer,
@@ -41,9 +43,11 @@ from models.evaluation import (
 )
 from models.files import write_file
 from models.latent_diffusion import LatentDiffusion
+from models.prompts import escape, without_weights
 
 __all__ = [
     "Concept",
+    "edit",
     "evaluate",
     "invert",
     "load_concept",
@@ -184,8 +188,14 @@ def prepare_images(images: Images, size: int) -> Tensor:
             width, height = image.size
             warnings.warn(f"{name} has {width}x{height} pixels, enlarged for {size}", stacklevel=2)
         fitted.append(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
-    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in fitted]))
-    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.cat([to_tensor(image) for image in fitted])
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """(1, C, H, W) in [-1, 1] of an RGB or a grey picture."""
+    pixels = torch.from_numpy(np.array(image, ndmin=3, copy=True))
+    pixels = pixels if image.mode == "RGB" else pixels.permute(1, 2, 0)
+    return pixels.permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
@@ -498,7 +508,7 @@ def texts_by_picture(templates, pictures: int) -> list[list[str]]:
 def check_prompts(model: LatentDiffusion, prompts: Sequence[str], words: Sequence[Concept]) -> None:
     """Every training prompt must show the word to the text encoder, or there is nothing to learn:
     in "my-cats" there is no my-cat, and the end of a long prompt is cut off."""
-    warn_of_cuts(model, prompts, words)
+    warn_of_cuts(model, [escape(prompt) for prompt in prompts], words)  # no weights in training
     placeholders, word = model.placeholders(words), words[0].placeholder
     for prompt in dict.fromkeys(prompts):
         if placeholders[word][0] not in model.tokenizer.encode(prompt, placeholders):
@@ -578,9 +588,41 @@ def warn_of_cuts(model: LatentDiffusion, prompts: Sequence[str], concepts: Seque
     """Warn of each prompt that has more tokens than the text encoder reads."""
     room = model.tokenizer.max_length - 2
     for prompt in dict.fromkeys(prompts):
-        count = len(model.tokenizer.words(prompt, model.placeholders(concepts)))
+        count = len(model.weighted_words(prompt, concepts))
         if count > room:
             warnings.warn(f"{prompt!r} has {count} tokens, only the first {room} are read")
+
+
+def conditions(
+    model: LatentDiffusion,
+    prompts: Sequence[str],
+    concepts: Sequence[Concept] = (),
+    guidance_scale: float | None = None,
+) -> dict:
+    """What `model.guided` asks for beside x_t and t, checked: the context (P, L, D) of the prompts,
+    whose brackets are weights, that of the empty prompt, and the scale, or the model's default."""
+    scale = guidance_of(model, guidance_scale)
+    check_concepts(model, concepts)
+    warn_of_cuts(model, prompts, concepts)
+    context, uncond = model.encode_prompts(prompts, concepts), model.encode_text([""])
+    return dict(context=context, uncond=uncond, guidance_scale=scale)
+
+
+def guidance_of(model: LatentDiffusion, guidance_scale: float | None) -> float:
+    """The scale that was asked for, or the model's default."""
+    scale = GUIDANCE.get(model.name, 7.5) if guidance_scale is None else guidance_scale
+    if not math.isfinite(scale):
+        raise ValueError(f"guidance_scale is {scale}; use 1 (none) to about 15")
+    return scale
+
+
+def finished(pixels: Tensor) -> list[Image.Image]:
+    """Pictures (N, 3, H, W) as PIL images, where they hold numbers."""
+    if not pixels.isfinite().all():
+        raise NotFinite(
+            "sampling gave NaN or infinity; try --precision bf16 or fp32, or a lower --guidance"
+        )
+    return to_pil(pixels)
 
 
 @torch.no_grad()
@@ -598,49 +640,104 @@ def sample(
 ) -> list[Image.Image]:
     """Pictures of the prompts by DDIM (Song et al. 2021), n of each, all of one prompt in a row.
 
-    guidance_scale: 1 is none; by default 7.5, or what suits the bundled model. eta: 0 is
-    deterministic, 1 as noisy as DDPM. size: pixels, one number or (width, height). Picture i of
-    a prompt starts from noise of seed + i, whatever else is asked for with it. Raises ValueError
-    for numbers out of range and for words that do not belong to this model.
+    Brackets in prompts are weights, "(word:1.2)", as models/prompts.py describes. guidance_scale:
+    1 is none; by default 7.5, or what suits the bundled model. eta: 0 is deterministic, 1 as noisy
+    as DDPM. size: pixels, one number or (width, height). Picture i of a prompt starts from noise
+    of seed + i, whatever else is asked for with it. Raises ValueError for numbers out of range and
+    for words that do not belong to this model.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}; it goes from 0 (DDIM) to 1 (as noisy as DDPM)")
     check_range(1, n=n, batch_size=batch_size)
     check_range(0, seed=seed)
-    check_concepts(model, concepts)
-    warn_of_cuts(model, prompts, concepts)
-    if guidance_scale is None:
-        guidance_scale = GUIDANCE.get(model.name, 7.5)
-    if not math.isfinite(guidance_scale):
-        raise ValueError(f"guidance_scale is {guidance_scale}; use 1 (none) to about 15")
     size = model.size if size is None else size
     shape = model.latent_shape((size, size) if isinstance(size, int) else size)
-    uncond = model.encode_text([""])
+    given = conditions(model, prompts, concepts, guidance_scale)
 
-    jobs = [(prompt, seed + i) for prompt in prompts for i in range(n)]
+    jobs = [(row, seed + i) for row in range(len(prompts)) for i in range(n)]
     images: list[Image.Image] = []
     for first in range(0, len(jobs), batch_size):
-        batch = jobs[first : first + batch_size]
-        generators = [torch.Generator().manual_seed(s) for _, s in batch]
-        context = model.encode_text([prompt for prompt, _ in batch], concepts)
+        rows, seeds = zip(*jobs[first : first + batch_size])
+        generators = [torch.Generator().manual_seed(s) for s in seeds]
+        predict = partial(model.guided, **given | dict(context=given["context"][list(rows)]))
 
         def draw(generators=generators) -> Tensor:
-            rows = [torch.randn(shape, generator=g) for g in generators]
-            return torch.stack(rows).to(model.device)
-
-        def predict(x_t: Tensor, t: Tensor, context=context) -> Tensor:
-            return model.guided(x_t, t, context, uncond, guidance_scale)
+            noise = [torch.randn(shape, generator=g) for g in generators]
+            return torch.stack(noise).to(model.device)
 
         for latents in model.schedule.ddim_sample(predict, draw(), steps, eta, draw):
             pass
-        pixels = model.decode_latents(latents)
-        if not pixels.isfinite().all():
-            raise NotFinite(
-                "sampling gave NaN or infinity; try --precision bf16 or fp32, or a lower --guidance"
-            )
-        images += to_pil(pixels)
+        images += finished(model.decode_latents(latents))
     return images
+
+
+@torch.no_grad()
+def edit(
+    model: LatentDiffusion,
+    image: str | Path | Image.Image,
+    prompt: str,
+    concepts: Sequence[Concept] = (),
+    mask: str | Path | Image.Image | None = None,
+    strength: float | None = None,
+    n: int = 1,
+    steps: int = 50,
+    guidance_scale: float | None = None,
+    seed: int = 0,
+    reconstruct_steps: int = 100,
+) -> list[Image.Image]:
+    """n versions of a picture, repainted to the prompt where the mask is white: appendix A.3 and
+    figure 10, by blended latent diffusion (Avrahami et al. 2022). Without a mask all of it is.
+
+    Sampling starts from the picture noised to `strength`, in (0, 1], of the schedule; 1, the
+    default with a mask, starts from noise alone, and 0.6, the default without one, keeps the
+    layout (Meng et al. 2022). After every step the latents outside the mask are those of the
+    picture, as noisy as the step. What is returned has the picture's size, and its very pixels
+    where the mask is black; the decoder is fitted to them in `reconstruct_steps` steps. Raises
+    ValueError for pictures that cannot be read, a mask of another size or without white, and as
+    `sample` does.
+    """
+    image, whole = open_image(image), mask is None
+    strength = (0.6 if whole else 1.0) if strength is None else strength
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength is {strength}; it goes from 0 (keep all) to 1 (new picture)")
+    check_range(1, n=n)
+    check_range(0, seed=seed, reconstruct_steps=reconstruct_steps)
+    mask = Image.new("L", image.size, 255) if whole else open_mask(mask, image.size)
+    given = conditions(model, [prompt], concepts, guidance_scale)
+    size = working_size(image.size, model.size, model.unit)
+    pixels, keep = to_tensor(image.resize(size)).to(model.device), to_tensor(mask.resize(size))
+    keep = (keep.to(model.device) + 1) / 2
+    z_0, alpha = model.encode_images(pixels), latent_mask(keep, model.autoencoder.config.factor)
+    pairs = model.schedule.ddim_pairs(steps)[-max(1, round(strength * steps)) :]
+    alphas = shrinking_masks(alpha, len(pairs), 2 ** (len(model.unet.config.widths) - 1))
+
+    versions = []
+    for s in range(seed, seed + n):
+        noise = normal(z_0, torch.Generator().manual_seed(s))
+        x = noise if strength == 1 else model.schedule.q_sample(z_0, pairs[0][0], noise)
+        for (t, t_prev), alpha in zip(pairs, alphas):
+            prediction = model.guided(x, torch.full((1,), t, device=x.device), **given)
+            x = model.schedule.ddim_step(x, t, t_prev, prediction)
+            x = alpha * x + (1 - alpha) * model.schedule.q_sample(z_0, t_prev, noise)
+        x = alpha * x + (1 - alpha) * z_0
+        fitted = reconstruct(model, x, pixels, keep, 0 if whole else reconstruct_steps)
+        drawn = finished(fitted)[0].resize(image.size, Image.Resampling.BICUBIC)
+        versions.append(Image.composite(drawn, image, mask))
+    return versions
+
+
+def open_mask(source: str | Path | Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The mask of a picture of that (width, height): grey, white where it may change."""
+    mask = open_image(source).convert("L")
+    if mask.size != size:
+        raise ValueError(
+            f"the mask has {mask.width}x{mask.height} pixels, the picture {size[0]}x{size[1]}; "
+            "paint the mask over a copy of the picture"
+        )
+    if mask.getextrema()[1] == 0:
+        raise ValueError("the mask is black everywhere; paint white what may change")
+    return mask
 
 
 def unknown_words(prompts: Sequence[str], concepts: Sequence[Concept]) -> list[str]:
@@ -648,6 +745,15 @@ def unknown_words(prompts: Sequence[str], concepts: Sequence[Concept]) -> list[s
     known = {concept.placeholder for concept in concepts}
     found = [word for prompt in prompts for word in re.findall(r"<[^<>\s]+>", prompt)]
     return [word for word in dict.fromkeys(found) if word not in known]
+
+
+def plain_text(prompt: str, concepts: Sequence[Concept]) -> str:
+    """The prompt for a CLIP that does not know the learnt words: without weights, and with the
+    coarse word that each began as, where its file says so."""
+    text = without_weights(prompt)
+    for concept in concepts:
+        text = text.replace(concept.placeholder, concept.metadata.get("init_word", ""))
+    return " ".join(text.split())
 
 
 # ------------------------------------------------------------------------------------- measuring
@@ -697,7 +803,8 @@ def evaluate(
         if kind == "reconstruction":
             score = reconstruction(drawn, originals)
         else:
-            score = editability(drawn, scorer.texts([without_placeholder(prompt, "{}")]))
+            plain = without_placeholder(without_weights(prompt), "{}")
+            score = editability(drawn, scorer.texts([plain]))
         yield dict(kind=kind, prompt=prompt, score=score)
 
 

@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,6 @@ from tqdm import tqdm
 
 import textinv
 from textinv import (
-    GUIDANCE,
     RATES,
     TEMPLATES,
     Concept,
@@ -32,15 +32,19 @@ from textinv import (
     State,
     check_concepts,
     check_range,
+    edit,
     evaluate,
     find_images,
     grid,
+    guidance_of,
     hyperparameters,
     initial_vectors,
     is_one_word,
     load_concept,
     load_concepts,
     open_image,
+    open_mask,
+    plain_text,
     prepare_images,
     sample,
     to_pil,
@@ -51,7 +55,7 @@ from textinv import (
 
 from .checkpoint import BUNDLED, FAMILIES, holds_model, load_model, out_of_memory, stored_precision
 from .embeddings import FORMATS, Embedding, default_format, encode_embedding
-from .evaluation import Scorer, confidence, read_captions, read_prompts
+from .evaluation import Scorer, confidence, rank, read_captions, read_prompts
 from .files import Run, free_target, interruptible, write_file, write_png, write_table
 from .latent_diffusion import LatentDiffusion
 
@@ -64,20 +68,46 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> Parser:
+    """A verb's options are in `add_VERB`; what several verbs have stands here."""
     parser = Parser(prog="textinv.py", description=textinv.__doc__.splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
+    new = partial(argparse.ArgumentParser, add_help=False)
 
-    loading = argparse.ArgumentParser(add_help=False)
+    loading = new()
     loading.add_argument("--model", metavar="PATH", help="checkpoint; without it the bundled model")
     loading.add_argument("--family", choices=FAMILIES, help="if the file's keys do not tell")
     loading.add_argument("--prediction", choices=("eps", "v"), help="if the file does not tell")
     loading.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
     loading.add_argument("--precision", choices=PRECISIONS, help="the device's best by default")
-    shared = argparse.ArgumentParser(add_help=False, parents=[loading])
-    shared.add_argument("--seed", type=int, default=0)
-    shared.add_argument("--overwrite", action="store_true", help="replace files of this name")
+    seed = new()
+    seed.add_argument("--seed", type=int, default=0)
+    writing = new()
+    writing.add_argument("--overwrite", action="store_true", help="replace files of this name")
+    words = new()
+    words.add_argument("--concept", action="append", default=[], metavar="FILE", help="learnt word")
+    rename = "call a word otherwise; OLD is its file or its name"
+    words.add_argument("--rename", action="append", default=[], metavar="OLD=NEW", help=rename)
+    drawing = new(parents=[loading, seed, writing])
+    drawing.add_argument("--steps", type=int, default=50, help="DDIM steps (default 50)")
+    drawing.add_argument("--guidance", type=float, metavar="SCALE", help="1 is none; 7.5")
+    clip = new()
+    clip.add_argument("--clip", metavar="PATH", help="OpenAI's ViT-B-32.pt; the bundled small CLIP")
 
-    p = verbs.add_parser("invert", parents=[shared], help="learn a word from pictures")
+    learning = [loading, seed, writing]
+    add_invert(verbs.add_parser("invert", parents=learning, help="learn a word from pictures"))
+    add_sample(verbs.add_parser("sample", parents=[drawing, words, clip], help="draw prompts"))
+    add_edit(verbs.add_parser("edit", parents=[drawing, words], help="repaint part of a picture"))
+    measure = "measure words (section 5.1)"
+    add_evaluate(verbs.add_parser("evaluate", parents=[drawing, clip], help=measure))
+    write = "write a word in another program's format"
+    add_convert(verbs.add_parser("convert", parents=[writing], help=write))
+    p = verbs.add_parser("show", parents=[loading, words], help="look into a file, or a prompt")
+    p.add_argument("what", metavar="WORD-FILE|CHECKPOINT|PROMPT")
+    p.set_defaults(run=run_show)
+    return parser
+
+
+def add_invert(p: argparse.ArgumentParser) -> None:
     p.add_argument("images", help="folder with 3-5 pictures of one thing")
     p.add_argument("--init-word", metavar="WORDS", help="coarse description to start from: cat")
     p.add_argument("--placeholder", metavar="WORD", help="what to call it; <NAME OF --out>")
@@ -92,67 +122,56 @@ def build_parser() -> Parser:
     p.add_argument("--progressive", action="store_true", help="one vector, then two, then three")
     p.add_argument("--per-image", action="store_true", help="also a word for each picture alone")
     p.add_argument("--save-image-words", action="store_true", help="write those words as well")
-    p.add_argument(
-        "--templates",
-        default="object",
-        metavar="T",
-        help="object, style, captions (cat.txt beside cat.jpg), a file, or 'a photo of {}'",
-    )
+    templates = "object, style, captions (cat.txt beside cat.jpg), a file, or 'a photo of {}'"
+    p.add_argument("--templates", default="object", metavar="T", help=templates)
     p.add_argument("--no-flip", action="store_true", help="do not mirror the pictures")
     p.add_argument("--gradient-checkpointing", action="store_true", help="less memory, slower")
     p.add_argument("--preview-every", type=int, metavar="STEPS", help="0 for none")
     p.add_argument("--save-every", type=int, default=50, metavar="STEPS", help="for --resume (50)")
     p.set_defaults(run=run_invert)
 
-    words = argparse.ArgumentParser(add_help=False)
-    words.add_argument("--concept", action="append", default=[], metavar="FILE", help="learnt word")
-    words.add_argument(
-        "--rename",
-        action="append",
-        default=[],
-        metavar="OLD=NEW",
-        help="call a word otherwise; OLD is its file or its name",
-    )
 
-    p = verbs.add_parser("sample", parents=[shared, words], help="draw prompts")
-    p.add_argument("prompts", nargs="+", metavar="PROMPT")
+def add_sample(p: argparse.ArgumentParser) -> None:
+    p.add_argument("prompts", nargs="+", metavar="PROMPT", help="(word:1.2) weighs a word")
     p.add_argument("-n", type=int, default=4, help="pictures per prompt (default 4)")
-    p.add_argument("--steps", type=int, default=50, help="DDIM steps (default 50)")
-    p.add_argument("--guidance", type=float)
+    p.add_argument("--keep", type=int, metavar="K", help="the K of n that CLIP finds best")
     p.add_argument("--eta", type=float, default=0.0)
     p.add_argument("--size", metavar="W[xH]", help="pixels; the model's own size by default")
     p.add_argument("--out", default="grid.png", metavar="FILE", help="the grid (grid.png)")
     p.add_argument("--singles", metavar="FOLDER", help="also write each picture by itself")
     p.set_defaults(run=run_sample)
 
-    p = verbs.add_parser("evaluate", parents=[shared], help="measure words (section 5.1)")
+
+def add_edit(p: argparse.ArgumentParser) -> None:
+    p.add_argument("image", metavar="IMAGE")
+    p.add_argument("prompt", metavar="PROMPT", help="what is to be there")
+    p.add_argument("--mask", metavar="FILE", help="white where the picture may change; all of it")
+    p.add_argument("--strength", type=float, help="1 (the default with a mask) keeps nothing; 0.6")
+    p.add_argument("-n", type=int, default=1, help="versions (default 1)")
+    p.add_argument("--out", default="edited.png", metavar="FILE", help="a grid if n > 1")
+    p.set_defaults(run=run_edit)
+
+
+def add_evaluate(p: argparse.ArgumentParser) -> None:
     p.add_argument("concepts", nargs="*", metavar="CONCEPT", help="files; a folder is a setup")
     p.add_argument("--images", required=True, metavar="DIR", help="what they were learnt from")
     p.add_argument("--references", action="store_true", help="image only, prompt only")
     p.add_argument("--captions", metavar="FILE", help="human captions; of FOLDER, its NAME.txt")
     p.add_argument("--prompts", metavar="FILE", help="'kind: prompt with {}' lines; the paper's")
-    p.add_argument("--clip", metavar="PATH", help="OpenAI's ViT-B-32.pt; the bundled small CLIP")
     p.add_argument("-n", type=int, default=64, help="samples per prompt (default 64)")
-    p.add_argument("--steps", type=int, default=50, help="DDIM steps (default 50)")
-    p.add_argument("--guidance", type=float)
     p.add_argument("--out", default="scores.csv", metavar="FILE", help="the table (scores.csv)")
     p.add_argument("--chart", metavar="FILE", help="figure 7 of it (needs matplotlib)")
     p.set_defaults(run=run_evaluate)
 
-    p = verbs.add_parser("convert", help="write a word in another program's format")
+
+def add_convert(p: argparse.ArgumentParser) -> None:
     p.add_argument("source", metavar="IN")
     p.add_argument("out", metavar="OUT")
     p.add_argument("--format", choices=FORMATS, help="by OUT's ending if not given")
     p.add_argument("--placeholder", metavar="WORD", help="its name in OUT")
     p.add_argument("--word", metavar="WORD", help="which one, if IN holds several")
     p.add_argument("--picture", metavar="FILE", help="what an OUT.png shows")
-    p.add_argument("--overwrite", action="store_true", help="replace a file of this name")
     p.set_defaults(run=run_convert)
-
-    p = verbs.add_parser("show", parents=[loading, words], help="look into a file, or a prompt")
-    p.add_argument("what", metavar="WORD-FILE|CHECKPOINT|PROMPT")
-    p.set_defaults(run=run_show)
-    return parser
 
 
 def rate(text: str) -> float | str:
@@ -371,37 +390,66 @@ def free_png(path: str, overwrite: bool) -> Path:
     return free_target(Path(path), overwrite)
 
 
+def read_size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    if not re.fullmatch(r"\d+(x\d+)?", text):
+        raise ValueError(f"--size {text} is not a size; use 512 or 512x768")
+    width, height = (text.split("x") * 2)[:2]
+    return int(width), int(height)
+
+
+def words_for(args: argparse.Namespace, prompts: Sequence[str]) -> list[Concept]:
+    """The learnt words for some prompts, with a warning for what looks like one and is none."""
+    concepts = load_words(args.concept, args.rename)
+    for word in unknown_words(prompts, concepts):
+        known = ", ".join(c.placeholder for c in concepts) or "none"
+        warnings.warn(f"{word} is no learnt word (known: {known}); it is read as plain text")
+    return concepts
+
+
 def run_sample(args: argparse.Namespace) -> None:
     out = free_png(args.out, args.overwrite)
     check_range(1, n=args.n)
-    singles = [Path(args.singles or "") / f"{i:04d}.png" for i in range(args.n * len(args.prompts))]
+    keep = args.n if args.keep is None else args.keep
+    if not 1 <= keep <= args.n:
+        raise ValueError(f"--keep {keep} of -n {args.n} pictures; keep 1 to {args.n}")
+    singles = [Path(args.singles or "") / f"{i:04d}.png" for i in range(keep * len(args.prompts))]
     for path in singles if args.singles else ():
         free_target(path, args.overwrite)
-    concepts = load_words(args.concept, args.rename)
-    for word in unknown_words(args.prompts, concepts):
-        known = ", ".join(c.placeholder for c in concepts) or "none"
-        warnings.warn(f"{word} is no learnt word (known: {known}); it is read as plain text")
-    size = None
-    if args.size:
-        if not re.fullmatch(r"\d+(x\d+)?", args.size):
-            raise ValueError(f"--size {args.size} is not a size; use 512 or 512x768")
-        size = tuple(int(s) for s in (args.size.split("x") * 2)[:2])
+    concepts, size = words_for(args, args.prompts), read_size(args.size)
     model = load_for(args)
+    scorer = Scorer.load(args.clip, model.device) if keep < args.n else None
     settings = dict(steps=args.steps, eta=args.eta, seed=args.seed, size=size or model.size)
-    guidance = GUIDANCE.get(model.name, 7.5) if args.guidance is None else args.guidance
-    settings |= dict(guidance_scale=guidance)
+    settings |= dict(guidance_scale=guidance_of(model, args.guidance))
     print(f"drawing {len(args.prompts)} prompt(s) x {args.n}, {args.steps} DDIM steps, to {out}")
     rows = []
     for prompt in tqdm(args.prompts, unit="prompt", disable=len(args.prompts) == 1):
         images = sample(model, prompt, concepts, n=args.n, **settings)
-        for i, image in enumerate(images):
+        order = rank(scorer, images, plain_text(prompt, concepts)) if scorer else range(args.n)
+        for i in list(order)[:keep]:
             if args.singles:
                 text = {"prompt": prompt, "settings": settings | dict(seed=args.seed + i)}
-                write_png(singles[len(rows) + i], image, text, args.overwrite)
-        rows += images
-    columns = args.n if len(args.prompts) > 1 else None
+                write_png(singles[len(rows)], images[i], text, args.overwrite)
+            rows.append(images[i])
+    columns = keep if len(args.prompts) > 1 else None
     text = {"prompt": "\n".join(args.prompts), "settings": settings | dict(model=model.name)}
     write_png(out, grid(rows, columns), text, args.overwrite)
+    print(f"wrote {out}")
+
+
+def run_edit(args: argparse.Namespace) -> None:
+    out = free_png(args.out, args.overwrite)
+    image = open_image(args.image)
+    mask = open_mask(args.mask, image.size) if args.mask else None
+    concepts, model = words_for(args, [args.prompt]), load_for(args)
+    settings = dict(strength=args.strength, n=args.n, steps=args.steps, seed=args.seed)
+    settings |= dict(guidance_scale=guidance_of(model, args.guidance))
+    print(f"repainting {args.image}, {args.n} version(s), {args.steps} DDIM steps, to {out}")
+    images = edit(model, image, args.prompt, concepts, mask, **settings)
+    settings |= dict(image=args.image, mask=args.mask, model=model.name)
+    text = {"prompt": args.prompt, "settings": settings}
+    write_png(out, grid(images), text, args.overwrite)
     print(f"wrote {out}")
 
 
@@ -532,8 +580,10 @@ def run_show(args: argparse.Namespace) -> None:
         concepts = load_words(args.concept, args.rename)
         check_concepts(model, concepts)
         warn_of_cuts(model, [args.what], concepts)
-        for i in model.tokenizer.encode(args.what, model.placeholders(concepts)):
-            print(f"{i:6d} {token(model, concepts, i)}")
+        tokenizer, words = model.tokenizer, model.weighted_words(args.what, concepts)
+        ids = tokenizer.frame([i for i, _ in words])
+        for i, weight in zip(ids, [1.0, *(w for _, w in words)][: len(ids) - 1] + [1.0]):
+            print(f"{i:6d} {token(model, concepts, i)}" + f" x {weight:.2f}" * (weight != 1))
 
 
 def token(model: LatentDiffusion, concepts: Sequence[Concept], i: int) -> str:

@@ -144,6 +144,13 @@ def editability(samples: Tensor, prompt: Tensor) -> float:
     return F.cosine_similarity(samples.mean(dim=0), prompt.reshape(-1), dim=0).item()
 
 
+def rank(scorer: Scorer, images: Sequence[Image.Image], text: str) -> list[int]:
+    """The pictures' numbers, the one that is most like the text first: "this process can be largely
+    automated by using CLIP to rank images" (section 4, image curation)."""
+    cosines = (scorer.images(images) @ scorer.texts([text]).T)[:, 0]
+    return cosines.argsort(descending=True, stable=True).tolist()
+
+
 # --------------------------------------------------------------------------- appendices B and D
 
 

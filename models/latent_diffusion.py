@@ -16,6 +16,7 @@ from torch import Tensor
 from .autoencoder import Autoencoder
 from .bert import BertTextEncoder
 from .clip import CLIPTextEncoder
+from .prompts import escape, split_weights
 from .schedule import Schedule
 from .tokenizers import Placeholders, Tokenizer
 from .unet import UNet
@@ -96,22 +97,56 @@ class LatentDiffusion:
         """Context (B, L, D), float32, of prompts that may hold the concepts' placeholders.
 
         Differentiable with respect to the concepts' vectors. What does not fit into L tokens is
-        cut off.
+        cut off. Brackets are plain text: `encode_prompts` reads them as weights.
         """
         placeholders = self.placeholders(concepts)
-        tokens = [self.tokenizer.pad(self.tokenizer.encode(p, placeholders)) for p in prompts]
+        return self.encode_words([self.tokenizer.words(p, placeholders) for p in prompts], concepts)
+
+    def encode_words(self, words: list[list[int]], concepts: Sequence[Word]) -> Tensor:
+        """`encode_text` of ids, as many as there are, without start and end."""
+        tokens = [self.tokenizer.pad(self.tokenizer.frame(ids)) for ids in words]
         ids = torch.tensor(tokens, device=self.device)
         vectors = None
         if concepts:
             vectors = torch.cat([c.vectors.to(self.device, torch.float32) for c in concepts])
         return self.text_encoder(self.embed(ids, vectors))
 
+    def weighted_words(self, prompt: str, concepts: Sequence[Word]) -> list[tuple[int, float]]:
+        """The ids of a prompt, without start and end, each with its weight (models/prompts.py)."""
+        placeholders = self.placeholders(concepts)
+        for word in placeholders:  # one like [V] is no bracket
+            prompt = prompt.replace(word, escape(word))
+        pieces = split_weights(prompt)
+        return [(i, w) for text, w in pieces for i in self.tokenizer.words(text, placeholders)]
+
+    def encode_prompts(self, prompts: Sequence[str], concepts: Sequence[Word] = ()) -> Tensor:
+        """Context (B, L, D) as `encode_text` makes it, where brackets weigh what is in them.
+
+        Each token's output is multiplied by its weight, then the whole prompt by what brings its
+        mean back to what it was: the rule of AUTOMATIC1111's web UI. Raises ValueError for a
+        weight that is no number.
+        """
+        words = [self.weighted_words(prompt, concepts) for prompt in prompts]
+        context = self.encode_words([[i for i, _ in own] for own in words], concepts)
+        weights = torch.ones(context.shape[:2])
+        for row, own in zip(weights, words):
+            own = own[: len(row) - 2]
+            row[1 : 1 + len(own)] = torch.tensor([weight for _, weight in own])
+        scaled = context * weights[..., None].to(context.device)
+        # Both means are small beside what they are means of: float64 (which MPS has not).
+        before, after = (x.cpu().double().mean((1, 2), True) for x in (context, scaled))
+        return scaled * (before / after).to(scaled)
+
     # -------------------------------------------------------------------------------- images
+
+    @property
+    def unit(self) -> int:
+        """What width and height of pictures must be multiples of, pixels."""
+        return self.autoencoder.config.factor * 2 ** (len(self.unet.config.widths) - 1)
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """(C, h, w) of the latents of pictures of `size` (width, height) pixels."""
-        factor = self.autoencoder.config.factor
-        unit = factor * 2 ** (len(self.unet.config.widths) - 1)
+        factor, unit = self.autoencoder.config.factor, self.unit
         if any(s < unit or s % unit for s in size):
             raise ValueError(
                 f"size {size[0]}x{size[1]} does not fit this model; "

@@ -125,6 +125,14 @@ class Schedule:
         first = min(1, self.length - 1 - stride * (steps - 1))  # 0 only if 1 would overrun
         return [first + stride * i for i in reversed(range(steps))]
 
+    def ddim_pairs(self, steps: int) -> list[tuple[int, int]]:
+        """(t, t_prev) of each step of DDIM, falling.
+
+        Trap: the last one ends at a_0, the first entry of `alphas_cumprod`, not at 1.
+        """
+        times = self.ddim_timesteps(steps)
+        return list(zip(times, times[1:] + [0]))
+
     def ddim_sample(
         self,
         predict: Predict,
@@ -136,10 +144,8 @@ class Schedule:
         """DDIM from x (B, ...) at the first timestep down to a clean one; yields every state.
 
         `draw` returns standard noise of x's shape and is called once a step where eta is not 0.
-        Trap: the last step ends at a_0, the first entry of `alphas_cumprod`, not at 1.
         """
-        times = self.ddim_timesteps(steps)
-        for t, t_prev in zip(times, times[1:] + [0]):
+        for t, t_prev in self.ddim_pairs(steps):
             prediction = predict(x, torch.full((x.shape[0],), t, device=x.device))
             x = self.ddim_step(x, t, t_prev, prediction, eta, draw() if eta else None)
             yield x
@@ -150,8 +156,7 @@ class Schedule:
         The UNet is asked at the timestep that the step goes to (Mokady et al. 2022 and diffusers'
         inverse scheduler do the same).
         """
-        times = self.ddim_timesteps(steps)[::-1]
-        for t_from, t in zip([0] + times[:-1], times):
+        for t, t_from in reversed(self.ddim_pairs(steps)):
             prediction = predict(x, torch.full((x.shape[0],), t, device=x.device))
             x = self.ddim_step(x, t_from, t, prediction)
             yield x

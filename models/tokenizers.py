@@ -54,8 +54,11 @@ class Tokenizer:
 
     def encode(self, text: str, placeholders: Placeholders = {}) -> list[int]:
         """Ids with start and end, at most `max_length` of them, without padding."""
-        words = self.words(text, placeholders)[: self.max_length - 2]
-        return [self.start_id, *words, self.end_id]
+        return self.frame(self.words(text, placeholders))
+
+    def frame(self, words: list[int]) -> list[int]:
+        """Start and end around as many of the ids as fit."""
+        return [self.start_id, *words[: self.max_length - 2], self.end_id]
 
     def pad(self, ids: list[int]) -> list[int]:
         return ids + [self.pad_id] * (self.max_length - len(ids))

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import textinv
-from models import command_line
+from models import command_line, evaluation
 
 ROOT = Path(__file__).resolve().parent.parent
 MUSHROOM = ROOT / "examples" / "concepts" / "mushroom"
@@ -348,3 +348,54 @@ def test_evaluate_measures_words_and_references(word, tmp_path, capsys):
     assert "give words, --references" in mistake(
         capsys, "evaluate", "--images", MUSHROOM, "--out", tmp_path / "n.csv"
     )
+
+
+def test_edit_repaints_inside_the_mask(tmp_path, capsys):
+    picture, mask, out = tmp_path / "a.png", tmp_path / "mask.png", tmp_path / "b.png"
+    Image.open(MUSHROOM / "1.png").save(picture)
+    white = Image.new("L", (64, 64))
+    white.paste(255, (20, 20, 44, 44))
+    white.save(mask)
+    arguments = ["edit", picture, "a (tomato:1.2)", "--mask", mask, "--steps", "2", "--out", out]
+    assert textinv.main([str(a) for a in arguments]) == 0
+    before, after = (np.asarray(Image.open(p).convert("RGB")) for p in (picture, out))
+    changed = (before != after).any(-1)
+    assert changed[20:44, 20:44].mean() > 0.5 and changed.sum() == changed[20:44, 20:44].sum()
+    assert json.loads(Image.open(out).text["settings"])["mask"] == str(mask)
+    capsys.readouterr()
+    assert "--overwrite" in mistake(capsys, *arguments)
+    arguments[-1] = tmp_path / "c.png"
+    assert "mask has 64x64" in mistake(capsys, "edit", word_png(tmp_path), *arguments[2:])
+    assert "nowhere.png" in mistake(capsys, "edit", "nowhere.png", *arguments[2:])
+    assert "is no weight" in mistake(capsys, "edit", picture, "a (cat:1.2.3)", *arguments[3:])
+
+
+def word_png(folder: Path) -> Path:
+    path = folder / "large.png"
+    Image.new("RGB", (80, 80)).save(path)
+    return path
+
+
+def test_keep_writes_the_pictures_that_clip_ranks_first(tmp_path, capsys, monkeypatch):
+    """The scores are transformers-tested; here the order: kept are the best of all, best first."""
+    scored = []
+
+    def rank(scorer, images, text):
+        scored.append((list(images), text))
+        order = evaluation.rank(scorer, images, text)
+        scored[-1] += (order,)
+        return order
+
+    monkeypatch.setattr(command_line, "rank", rank)
+    draw = ["sample", "a (cat:1.1)", "-n", "4", "--steps", "2", "--singles", str(tmp_path / "all")]
+    assert textinv.main([*draw, "--keep", "2", "--out", str(tmp_path / "a.png")]) == 0
+    images, text, order = scored[0]
+    assert text == "a cat" and sorted(order) == [0, 1, 2, 3]
+    files = sorted((tmp_path / "all").iterdir())
+    assert [np.asarray(Image.open(f)).tolist() for f in files] == [
+        np.asarray(images[i]).tolist() for i in order[:2]
+    ]
+    seeds = [json.loads(Image.open(f).text["settings"])["seed"] for f in files]
+    assert seeds == order[:2]
+    assert Image.open(tmp_path / "a.png").width == 2 * 64 + 2
+    assert "--keep 9 of -n 4" in mistake(capsys, *draw, "--keep", "9", "--out", "b.png")

@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import textinv
 from models import evaluation
 from models.checkpoint import BUNDLED, CheckpointError, load_clip
 from models.clip import preprocess
@@ -33,6 +34,8 @@ from models.evaluation import (
     distances,
     editability,
     frechet,
+    rank,
+    read_captions,
     read_prompts,
     reconstruction,
     welch,
@@ -516,3 +519,24 @@ def test_needs_nothing_else():
         check=True,
     )
     assert out.stdout.strip() == "set()"
+
+
+def test_rank_puts_the_picture_of_the_text_first():
+    """The bundled CLIP knows its own training words."""
+    scorer = Scorer.load()
+    model = textinv.load_model()
+    words = ("cat", "tomato", "airplane")
+    pictures = [textinv.sample(model, f"a photo of a {word}", steps=20)[0] for word in words]
+    for i, word in enumerate(words):
+        order = rank(scorer, pictures, f"a photo of a {word}")
+        assert order[0] == i and sorted(order) == [0, 1, 2]
+
+
+def test_captions_are_short_up_to_12_words(tmp_path):
+    path = tmp_path / "captions.txt"
+    path.write_text("a cat\n\n" + "very " * 11 + "long\n" + "very " * 12 + "long\n")
+    captions = read_captions(path)
+    assert [len(lines) for lines in captions.values()] == [2, 1]
+    assert list(captions) == ["short captions", "long captions"]
+    with pytest.raises(ValueError, match="no text file with captions"):
+        read_captions(tmp_path / "nowhere.txt")

@@ -1,0 +1,124 @@
+"""Blended latent diffusion on the bundled model: what is kept, and what changes."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+import textinv
+from models.editing import latent_mask, reconstruct, shrinking_masks, working_size
+
+
+@pytest.fixture(scope="module")
+def model():
+    return textinv.load_model(device="cpu", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def dog(model):
+    return textinv.sample(model, "a photo of a dog on the beach", steps=20, seed=5)[0]
+
+
+def disc(size=(64, 64)) -> Image.Image:
+    mask = Image.new("L", size)
+    w, h = size
+    ImageDraw.Draw(mask).ellipse((w // 6, h // 6, 5 * w // 6, 5 * h // 6), fill=255)
+    return mask
+
+
+def pixels(image) -> np.ndarray:
+    return np.asarray(image).astype(float) / 127.5 - 1
+
+
+def test_outside_the_mask_nothing_changes_and_inside_the_prompt_is_followed(model, dog):
+    """A tomato is red and an avocado green, whatever was there; the background stays to the bit."""
+    mask = disc()
+    inside, outside = np.asarray(mask) == 255, np.asarray(mask) == 0
+    means = {}
+    for thing in ("tomato", "avocado"):
+        prompt = f"a photo of a {thing} on the beach"
+        options = dict(mask=mask, steps=20, reconstruct_steps=20, n=2)
+        for version in textinv.edit(model, dog, prompt, **options):
+            assert version.size == dog.size
+            assert np.array_equal(np.asarray(version)[outside], np.asarray(dog)[outside])
+            means.setdefault(thing, []).append(pixels(version)[inside].mean(0))
+    red, green = np.mean(means["tomato"], 0), np.mean(means["avocado"], 0)
+    assert red[0] - red[1] > 0.15 + green[0] - green[1]
+
+
+def test_the_fitted_decoder_shows_the_background_better_than_the_autoencoder_does(model, dog):
+    """Avrahami et al., section 4.2: before anything is pasted back."""
+    source = textinv.to_tensor(dog)
+    latents, mask = model.encode_images(source), (textinv.to_tensor(disc()) + 1) / 2
+    latents[..., 4:12, 4:12] = 0  # something else was painted there
+    errors = []
+    for steps in (0, 100):
+        drawn = reconstruct(model, latents, source, mask, steps)
+        errors.append((((drawn - source) * (1 - mask)) ** 2).mean().item())
+    own = model.decode_latents(model.encode_images(source))
+    own = (((own - source) * (1 - mask)) ** 2).mean().item()
+    assert errors[1] < own < errors[0]
+    assert not any(p.requires_grad for p in model.autoencoder.parameters())
+
+
+def test_thin_masks_begin_wide_and_end_as_themselves():
+    mask = torch.zeros(1, 1, 64, 64)
+    mask[..., 30, 5:60] = 1
+    masks = shrinking_masks(mask, steps=20, cell=8)
+    areas = [m.sum().item() for m in masks]
+    assert areas == sorted(areas, reverse=True) and areas[0] > 5 * areas[-1]
+    assert torch.equal(masks[10], mask) and torch.equal(masks[-1], mask)
+    wide = torch.zeros(1, 1, 64, 64)
+    wide[..., 10:40, 10:40] = 1
+    assert all(torch.equal(m, wide) for m in shrinking_masks(wide, 20, cell=8))
+
+
+def test_a_mask_of_one_pixel_reaches_the_latents_and_the_picture(model, dog):
+    mask = Image.new("L", (64, 64))
+    mask.putpixel((21, 33), 255)
+    small = latent_mask((textinv.to_tensor(mask) + 1) / 2, model.autoencoder.config.factor)
+    assert small.sum() == 1
+    version = textinv.edit(model, dog, "a photo of a strawberry", mask=mask, steps=5)[0]
+    changed = (np.asarray(version) != np.asarray(dog)).any(-1)
+    assert changed.sum() <= 1 and not changed[np.asarray(mask) == 0].any()
+
+
+@pytest.mark.parametrize("size", [(200, 131), (50, 90), (64, 64)])
+def test_pictures_of_any_size_come_back_in_their_size(model, dog, size):
+    """Their own pixels outside the mask, not those of the size that was worked at."""
+    image, mask = dog.resize(size), disc(size)
+    version = textinv.edit(model, image, "a tomato", mask=mask, steps=2, reconstruct_steps=1)[0]
+    outside = np.asarray(mask) == 0
+    assert version.size == size
+    assert np.array_equal(np.asarray(version)[outside], np.asarray(image)[outside])
+
+
+def test_working_sizes():
+    assert working_size((4000, 3000), 512, 64) == (704, 512)
+    assert working_size((100, 100), 64, 16) == (64, 64)
+    assert working_size((3000, 10), 64, 16)[1] == 64
+
+
+def test_without_a_mask_strength_says_how_much_is_kept(model, dog):
+    distances = []
+    for strength in (0.1, 0.5, 1.0):
+        version = textinv.edit(model, dog, "a sketch of a dog", strength=strength, steps=20)[0]
+        distances.append(np.abs(pixels(version) - pixels(dog)).mean())
+    assert distances == sorted(distances)
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (dict(mask=Image.new("L", (32, 32), 255)), "mask has 32x32 pixels, the picture 64x64"),
+        (dict(mask=Image.new("L", (64, 64))), "black everywhere; paint white"),
+        (dict(strength=0.0), "strength is 0.0"),
+        (dict(strength=float("nan")), "strength is nan"),
+        (dict(n=0), "n is 0"),
+        (dict(steps=0), "steps 0 is out of range"),
+        (dict(guidance_scale=float("inf")), "guidance_scale is inf"),
+    ],
+)
+def test_mistakes(model, dog, options, says):
+    with pytest.raises(ValueError, match=says):
+        textinv.edit(model, dog, "a cat", **options)
