@@ -18,6 +18,7 @@ EXAMPLES = ROOT / "examples"
 sys.path.insert(0, str(ROOT))
 
 import textinv  # noqa: E402
+from models.command_line import read_templates  # noqa: E402
 from models.evaluation import Scorer, confidence  # noqa: E402
 from models.files import write_file  # noqa: E402
 
@@ -37,12 +38,13 @@ OBJECTS = [name for name in CONCEPTS if name not in STYLES]
 
 
 def options(doc: str, samples: int = 8, steps: int = 20) -> argparse.ArgumentParser:
-    """The options that every script has; samples and steps are its defaults of -n and --steps."""
+    """What every script can be asked; samples and steps are its defaults of -n and --steps."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--model", help="checkpoint; the bundled model by default")
     parser.add_argument("--clip", help="OpenAI's ViT-B-32.pt; the bundled small CLIP by default")
     parser.add_argument("--out", type=Path, help="folder of all results (runs/NAME OF MODEL)")
     parser.add_argument("--quick", action="store_true", help="less of everything, in minutes")
+    parser.add_argument("--training-steps", type=int, help="of every word (the model's default)")
     parser.add_argument("-n", type=int, default=samples, help=f"pictures a prompt ({samples})")
     parser.add_argument("--steps", type=int, default=steps, help=f"DDIM steps ({steps})")
     return parser
@@ -63,7 +65,7 @@ class Lab:
         """--quick learns words in fewer steps; these lie in a folder of their own."""
         model = textinv.load_model(args.model)
         out = args.out or Path("runs") / (Path(model.name).stem + "-quick" * args.quick)
-        training = dict(steps=150) if args.quick else {}
+        training = dict(steps=args.training_steps or (150 if args.quick else None))
         scorer = Scorer.load(args.clip, model.device)
         return cls(model, scorer, out, training, dict(n=args.n, steps=args.steps))
 
@@ -71,15 +73,32 @@ class Lab:
         return self.out / setup.replace(" ", "-") / name
 
     def word(self, name: str, setup: str = "ours", images=None, **options) -> textinv.Concept:
-        """The word <NAME> of a bundled set by the options of a setup, learnt if it was not yet."""
+        """The word <NAME> of a bundled set by the options of a setup, learnt if it was not yet; or
+        the word in a file of that name."""
+        if Path(name).is_file():
+            return textinv.load_concept(name)
         path = self.path(setup, f"{name}.safetensors")
         if not path.exists():
             print(f"learning {path}", flush=True)
-            templates = textinv.TEMPLATES["style" if name in STYLES else "object"]
-            options = dict(placeholder=f"<{name}>", templates=templates) | self.training | options
             images = pictures(name) if images is None else images
-            textinv.invert(self.model, images, CONCEPTS[name], **options).save(path)
+            if name in STYLES:
+                options = (
+                    dict(templates=read_templates("captions", textinv.find_images(images)))
+                    | options
+                )
+            options = dict(init_word=CONCEPTS.get(name), placeholder=f"<{name}>") | options
+            textinv.invert(self.model, images, **self.training | options).save(path)
         return textinv.load_concept(path)
+
+    def draw(self, prompts, concepts=(), **options) -> list[Image.Image]:
+        """`sample` with the script's -n and --steps, unless the options say otherwise."""
+        return textinv.sample(self.model, prompts, concepts, **self.sampling | options)
+
+    def save(self, name: str, picture: Image.Image) -> None:
+        """The script's result, with 256 colours."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        picture.quantize(256).save(self.out / name, optimize=True)
+        print(f"wrote {self.out / name}")
 
     def scores(self, setup: str, name: str, texts, concepts=()) -> list[dict]:
         """Section 5.1 for a setup and a bundled set, a row for each prompt; texts as `evaluate`

@@ -8,6 +8,8 @@ SPRITES is the folder of emoji_data.py. Each file is a sheet of 64x64 pictures:
                               examples/concepts; five before one plain background; five in one pose
     parrots.webp              10 x 10: parrots of all three vendors, anywhere
     blueprints.webp           10 x 10: trained things of all vendors, as blueprints
+
+and frog/VENDOR/ has six pictures of the frog that each vendor draws.
 """
 
 import argparse
@@ -18,13 +20,14 @@ from emoji_data import (
     SCENES,
     SIZE,
     TRAINED,
+    VENDORS,
     compose,
     load_sprite,
     load_sprites,
     scene_bank,
     split_names,
 )
-from make_concepts import OBJECTS, blueprint
+from make_concepts import OBJECTS, blueprint, save
 from PIL import Image
 from torch import Tensor
 
@@ -77,6 +80,9 @@ def main():
     sheet([to_image(p) for p in photos(parrots, bank, 100)], 10).save(
         out / "parrots.webp", quality=92
     )
+    frogs = any_vendor(load_sprites(folder, {"frog": split_names(TRAINED["animal"])["frog"]}))
+    for i, vendor in enumerate(VENDORS):
+        save(out / "frog" / vendor, photos(frogs[i : i + 1], bank, 6, seed=i))
     things = any_vendor(load_sprites(folder, split_names(" ".join(TRAINED.values()))))
     drawn = [blueprint(p) for p in photos(things, bank, 100, ["green"])]
     sheet([to_image(p) for p in drawn], 10).save(out / "blueprints.webp", quality=92)
