@@ -348,21 +348,26 @@ class NotFinite(ValueError):
     """A step gave NaN or infinity. The word is left as it was before that step."""
 
 
+def draw_batch(
+    model: LatentDiffusion, mean: Tensor, std: Tensor, count: int, generator: torch.Generator
+) -> tuple[list[int], Tensor, Tensor, Tensor]:
+    """What the expectation of eq. 2 runs over: the numbers of `count` pictures of those whose
+    latents' moments are given (N, C, h, w), their z ~ E(x) (B, C, h, w), t (B,) and eps."""
+    rows = torch.randint(len(mean), (count,), generator=generator)
+    z = mean[rows] + std[rows] * normal(mean[rows], generator)
+    t = torch.randint(model.schedule.length, (count,), generator=generator)
+    return rows.tolist(), z, t.to(z.device), normal(z, generator)
+
+
 def diffusion_loss(
-    model: LatentDiffusion,
-    latents: Tensor,
-    prompts: Sequence[str],
-    concepts: Sequence[Concept],
-    t: Tensor,
-    noise: Tensor,
+    model: LatentDiffusion, latents: Tensor, context: Tensor, t: Tensor, noise: Tensor
 ) -> Tensor:
     """Eq. 1 of the paper for given t and noise, a scalar: how well the model takes the noise out
-    of latents (B, C, h, w), noised to timesteps t (B,), when told the prompts.
+    of latents (B, C, h, w), noised to timesteps t (B,), when told the context (B, L, D).
 
     Raises NotFinite, which names the part of the model that gave the first NaN or infinity.
     """
     x_t = model.schedule.q_sample(latents, t, noise)
-    context = model.encode_text(prompts, concepts)
     prediction = model.unet(x_t, t, context).float()
     loss = F.mse_loss(prediction, model.schedule.target(latents, t, noise))
     if not loss.isfinite():
@@ -443,17 +448,15 @@ def train(
         try:
             for step in range(done + 1, steps + 1):
                 draw, generator = draws_of_step(seed, step)
-                rows = torch.randint(len(mean), (batch_size,), generator=generator)
-                z = mean[rows] + std[rows] * normal(mean[rows], generator)
-                t = torch.randint(model.schedule.length, (batch_size,), generator=generator)
-                noise = normal(z, generator)
-                shown = [i % len(pixels) for i in rows.tolist()]
+                rows, latents, t, noise = draw_batch(model, mean, std, batch_size, generator)
+                shown = [i % len(pixels) for i in rows]
                 prompts = [fill(draw.choice(texts[i]), words, i) for i in shown]
                 if progressive:
                     used = 1 + (step - 1) * 5 // (2 * steps)
                     words[0] = replace(word, vectors=parameters[0][:used])
 
-                loss = diffusion_loss(model, z, prompts, words, t.to(z.device), noise)
+                context = model.encode_text(prompts, words)
+                loss = diffusion_loss(model, latents, context, t, noise)
                 drift = ((parameters[0] - start) ** 2).sum()
                 optimizer.zero_grad()
                 (loss + regularize * drift).backward()

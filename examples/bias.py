@@ -4,9 +4,9 @@
     python examples/bias.py --images doctors --word doctor --model sd.ckpt   # doctors/A, doctors/B
 
 --images has a subfolder for each variant. The new word starts from the old one and is learnt from
-the first two pictures of each variant; whose pictures a sample is nearest to, in CLIP's space and by
-their mean, says which variant it shows. Bundled: the frogs of three vendors. For most words the
-model draws the first one's unless told otherwise (emoji_data.py, VENDOR_ODDS).
+the first two pictures of each variant. Which variant a sample shows is told by the mean of whose
+pictures it is nearest to, in CLIP's space. Bundled: the frogs of three vendors; the model draws the
+first one's unless told otherwise (emoji_data.py, VENDOR_ODDS).
 """
 
 from pathlib import Path

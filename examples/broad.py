@@ -29,6 +29,7 @@ PARROTS = ["A photo of {}", "A photo of {} on the beach", "A sketch of {}"]
 BLUEPRINTS = ["A picture in the style of {}"]
 BLUEPRINTS += [f"A picture of a {thing} in the style of {{}}" for thing in ("castle", "cat")]
 SETS = {"parrots": ("bird", "object", PARROTS), "blueprints": ("sketch", "style", BLUEPRINTS)}
+STEPS = {False: [75, 150, 300, 600], True: [50, 150]}  # by --quick
 
 
 def snapshots(lab: Lab, name: str, count: int, at: list[int]) -> list[textinv.Concept]:
@@ -58,10 +59,10 @@ def measures(lab: Lab, name: str, count: int, concept: textinv.Concept) -> dict[
     )
 
 
-def main() -> None:
-    args = options(__doc__, samples=64).parse_args()
+def main(argv=None) -> None:
+    args = options(__doc__, samples=64).parse_args(argv)
     lab, rows = Lab.of(args), []
-    at = [50, 150] if args.quick else [75, 150, 300, 600]
+    at = STEPS[args.quick]
     print(lpips_fid.networks()[-1])
     for name in SETS:
         for count in (1, 5) if args.quick else (1, 5, 10, 25):

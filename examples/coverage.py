@@ -32,8 +32,8 @@ def coverage(lab: Lab, name: str) -> dict[str, str]:
     return row | {share: f"{p:.4f}" for share, p in shares.items()}
 
 
-def main() -> None:
-    args = options(__doc__, samples=256).parse_args()
+def main(argv=None) -> None:
+    args = options(__doc__, samples=256).parse_args(argv)
     lab, rows = Lab.of(args), []
     for name in ("mushroom", "blueprint") if args.quick else CONCEPTS:
         rows.append(coverage(lab, name))

@@ -50,10 +50,10 @@ def print_differences(rows: list[dict]) -> None:
             print(f"{setup:16} {changes[0]:>15} {changes[1]:>16}")
 
 
-def main() -> None:
+def main(argv=None) -> None:
     parser = options(__doc__)
     parser.add_argument("--concepts", nargs="+", choices=OBJECTS, default=OBJECTS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     lab, rows = Lab.of(args), []
     for setup in [*SETUPS, *REFERENCES]:
         for name in args.concepts[: 2 if args.quick else None]:

@@ -4,7 +4,7 @@
 
 The bundled style is learnt with captions that name what each picture shows ("a {} of a house"), so
 that the word need only hold how it is drawn; with the paper's templates ("a painting in the style
-of {}") it has to hold both. One vector keeps the things apart, two draw the style better.
+of {}") it has to hold both, and what it shows of either is less.
 """
 
 from experiment import Lab, options, pictures
@@ -13,10 +13,11 @@ from sheet import sheet
 import textinv
 
 THINGS = ("castle", "rocket", "apple", "cat", "trumpet", "key", "tree")
+# Setup: its prompt, and how it differs from the default.
 SETUPS = {
-    "one vector": ("a {} of a thing", {}),
+    "ours": ("a {} of a thing", {}),
     "two vectors": ("a {} of a thing", dict(vectors=2)),
-    "the paper's templates": (
+    "style templates": (
         "a painting of a thing in the style of {}",
         dict(templates=textinv.STYLE_TEMPLATES),
     ),
@@ -27,18 +28,17 @@ def main(argv=None) -> None:
     parser = options(__doc__, samples=1, steps=50)
     parser.add_argument("--concepts", nargs="+", default=["blueprint"], help="style sets, or files")
     args = parser.parse_args(argv)
-    lab, rows = Lab.of(args), {}
-    plain = [f"a photo of a {thing}" for thing in THINGS]
-    rows["no style"] = lab.draw(plain)
+    lab = Lab.of(args)
+    rows = {"no style": lab.draw([f"a photo of a {thing}" for thing in THINGS])}
     for name in args.concepts:
-        folder = pictures(name)
-        if folder.is_dir():
-            shown = textinv.find_images(folder)
-            rows[f"{name}: what it was learnt from"] = [textinv.open_image(p) for p in shown]
+        if pictures(name).is_dir():
+            shown = textinv.find_images(pictures(name))
+            rows[f"{name}: learnt from"] = [textinv.open_image(path) for path in shown]
         for setup, (prompt, given) in SETUPS.items():
-            word = lab.word(name, "ours" if setup == "one vector" else f"style {setup}", **given)
+            word = lab.word(name, setup, **given)
             text = prompt.replace("{}", word.placeholder)
-            rows[f"{text}: {setup}"] = lab.draw([text.replace("thing", t) for t in THINGS], [word])
+            drawn = lab.draw([text.replace("thing", thing) for thing in THINGS], [word])
+            rows[f"{text} ({setup})"] = drawn
     lab.save("style.png", sheet(rows, THINGS))
 
 

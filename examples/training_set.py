@@ -25,8 +25,8 @@ SETUPS = {
 }
 
 
-def main() -> None:
-    args = options(__doc__).parse_args()
+def main(argv=None) -> None:
+    args = options(__doc__).parse_args(argv)
     lab, rows = Lab.of(args), []
     for setup, chosen in SETUPS.items():
         for name in ("mushroom", "teddy")[: 1 if args.quick else None]:

@@ -29,7 +29,8 @@ def fixed_loss(model, concept, images, init_word):
     prompts = [f"a photo of a {concept.placeholder if concept else init_word}"] * len(latents)
     concepts = [concept] if concept else []
     with torch.no_grad():
-        return textinv.diffusion_loss(model, latents, prompts, concepts, t, noise).item()
+        context = model.encode_text(prompts, concepts)
+        return textinv.diffusion_loss(model, latents, context, t, noise).item()
 
 
 def test_templates_are_the_papers():

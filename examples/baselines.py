@@ -1,0 +1,80 @@
+"""The baselines of figure 5: words and pictures by CLIP alone, beside the learnt word.
+
+    python examples/baselines.py
+    python examples/baselines.py --images cat/ --concept cat.safetensors --model sd.ckpt --clip B32
+
+PALAVRA (Cohen et al. 2022) finds a word in the space of CLIP's own tokens, by a contrast: its texts
+shall be nearer to the pictures than the texts of other words. CLIP-guided diffusion (Crowson 2021)
+draws without a prompt and pushes every step up the slope of a cosine in CLIP's space: to the text
+with PALAVRA's word, or to the text without a word and to the pictures. It is measured by the very
+thing that it climbs, so judge by eye.
+"""
+
+import torch
+import torch.nn.functional as F
+from clip_guided import clip_guided
+from experiment import Lab, options, pictures
+from sheet import sheet
+from torch import Tensor
+
+import textinv
+
+PROMPTS = ("a photo of a {}", "a photo of a {} on the beach", "a sketch of a {}")
+OTHERS = "cat dog car house tree apple shoe clock book guitar bird flower cup hat toy".split()
+
+
+def text_features(lab: Lab, texts: list[str], word: Tensor) -> Tensor:
+    """Unit features of texts in which "*" is a word of CLIP, given as a vector (1, D)."""
+    clip, tokenizer = lab.scorer.clip, lab.scorer.tokenizer
+    new = {"*": [tokenizer.vocab_size]}
+    ids = torch.tensor([tokenizer.pad(tokenizer.encode(text, new)) for text in texts])
+    table = clip.text_model.embeddings.token_embedding.weight
+    embeddings = F.embedding(ids.to(table.device), torch.cat([table, word]))
+    ends = (ids == tokenizer.end_id).int().argmax(dim=1)
+    features = clip.text_model(embeddings)[torch.arange(len(ids)), ends]
+    return F.normalize(clip.text_projection(features), dim=-1)
+
+
+def contrastive_word(lab: Lab, images: Tensor, steps: int) -> Tensor:
+    """PALAVRA's goal: the cross-entropy of each picture's feature (N, D) between the word's texts
+    and those of other words."""
+    table = lab.scorer.clip.text_model.embeddings.token_embedding.weight
+    word = table.mean(0, keepdim=True).clone().requires_grad_(True)
+    optimizer = torch.optim.Adam([word], lr=1e-2)
+    for _ in range(steps):
+        texts = text_features(lab, [f"a photo of a {w}" for w in ("*", *OTHERS)], word)
+        logits = lab.scorer.clip.logit_scale.exp() * images @ texts.T
+        loss = F.cross_entropy(logits, torch.zeros(len(images), dtype=torch.long))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return word.detach()
+
+
+def main(argv=None) -> None:
+    parser = options(__doc__, samples=2, steps=50)
+    parser.add_argument("--concept", default="mushroom", help="a set, or a word's file")
+    parser.add_argument("--images", help="what it was learnt from; the set's pictures by default")
+    parser.add_argument("--scale", type=float, default=100.0, help="of the push")
+    parser.add_argument("--word-steps", type=int, default=200)
+    args = parser.parse_args(argv)
+    lab = Lab.of(args)
+    lab.scorer.clip.requires_grad_(False)
+    shown = textinv.find_images(args.images or pictures(args.concept))
+    images = [textinv.open_image(path) for path in shown]
+    features, word = lab.scorer.images(images), lab.word(args.concept)
+    palavra = contrastive_word(lab, features, args.word_steps)
+    rows, guide = {"learnt from": images, "ours": []}, (args.n, args.steps, args.scale)
+    rows["PALAVRA, CLIP-guided"], rows["text and pictures, CLIP-guided"] = [], []
+    for prompt in PROMPTS:
+        rows["ours"] += lab.draw(prompt.replace("{}", word.placeholder), [word])
+        with_word = text_features(lab, [prompt.replace("{}", "*")], palavra)
+        rows["PALAVRA, CLIP-guided"] += clip_guided(lab, with_word, *guide)
+        text = lab.scorer.texts([" ".join(prompt.replace("{}", "").split())])
+        both = torch.cat([text.expand(len(features), -1), features])
+        rows["text and pictures, CLIP-guided"] += clip_guided(lab, both, *guide)
+    lab.save("baselines.png", sheet(rows, [p for p in PROMPTS for _ in range(args.n)]))
+
+
+if __name__ == "__main__":
+    main()
