@@ -123,8 +123,9 @@ class LatentDiffusion:
         """Context (B, L, D) as `encode_text` makes it, where brackets weigh what is in them.
 
         Each token's output is multiplied by its weight, then the whole prompt by what brings its
-        mean back to what it was: the rule of AUTOMATIC1111's web UI. Raises ValueError for a
-        weight that is no number.
+        mean back to what it was: the rule of AUTOMATIC1111's web UI, which knows CLIP only. The
+        second half is left out for LDM, whose BERT ends in a norm: its mean is 0 but for noise.
+        Raises ValueError for a weight that is no number.
         """
         words = [self.weighted_words(prompt, concepts) for prompt in prompts]
         context = self.encode_words([[i for i, _ in own] for own in words], concepts)
@@ -133,7 +134,9 @@ class LatentDiffusion:
             own = own[: len(row) - 2]
             row[1 : 1 + len(own)] = torch.tensor([weight for _, weight in own])
         scaled = context * weights[..., None].to(context.device)
-        # Both means are small beside what they are means of: float64 (which MPS has not).
+        if self.family == "ldm":
+            return scaled
+        # The means are small beside what they are means of, hence float64, which MPS has not.
         before, after = (x.cpu().double().mean((1, 2), True) for x in (context, scaled))
         return scaled * (before / after).to(scaled)
 

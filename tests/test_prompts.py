@@ -122,6 +122,16 @@ def test_plain_prompts_are_encoded_as_ever():
     assert torch.equal(model.encode_prompts(prompts), model.encode_text(prompts))
 
 
+def test_ldm_weighs_without_restoring_a_mean_that_is_zero():
+    """The mean of BERT's output is noise; restoring it multiplied a prompt by -18."""
+    model = textinv.load_model()
+    plain = model.encode_text(["a photo of a cat"])
+    weights = torch.ones(plain.shape[1])
+    weights[5] = 0.6  # [CLS] a photo of a cat
+    expected = plain * weights[:, None]
+    torch.testing.assert_close(model.encode_prompts(["a photo of a (cat:0.6)"]), expected)
+
+
 def test_placeholders_with_brackets_are_words():
     model = textinv.load_model()
     word = textinv.Concept("[V]", torch.ones(1, model.text_encoder.token_table.shape[1]))
