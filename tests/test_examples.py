@@ -31,7 +31,7 @@ def out(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(
     "name",
-    "gallery style composition bias editing curation bipartite weights baselines".split(),
+    "words gallery style composition bias editing curation bipartite weights baselines".split(),
 )
 def test_the_script_draws_its_picture(name, out):
     extra = {"baselines": ["--word-steps", "2"]}.get(name, [])
