@@ -43,6 +43,7 @@ from models.evaluation import (
 )
 from models.files import write_file
 from models.latent_diffusion import LatentDiffusion
+from models.parallel import add_up, rank_and_world, shared_out
 from models.prompts import escape, without_weights
 
 __all__ = [
@@ -416,7 +417,8 @@ def train(
     resume: the `tensors` of a State; steps are counted from the very beginning. The same seed
     gives the same word, to the last bit, resumed or not, on the same machine and precision.
 
-    Nothing but the vectors gets a gradient. Raises ValueError for pictures, words and numbers
+    Under torchrun each process takes its share of every batch (models/parallel.py). Nothing but
+    the vectors gets a gradient. Raises ValueError for pictures, words and numbers
     that cannot be used, and NotFinite where a step gives NaN or infinity.
     """
     steps, batch_size, lr = hyperparameters(model, steps, batch_size, lr)
@@ -442,29 +444,36 @@ def train(
     done = restore(parameters, optimizer, resume) if resume else 0
     if done >= steps:
         raise ValueError(f"step {done} of {steps} is done already; ask for more steps")
+    rank, world = rank_and_world()
+    own = slice(rank, batch_size, world)
+    if world > batch_size:
+        raise ValueError(f"a batch of {batch_size} is too small to split among {world} processes")
 
     def loop() -> Iterator[State]:
         model.unet.gradient_checkpointing = gradient_checkpointing
         try:
             for step in range(done + 1, steps + 1):
                 draw, generator = draws_of_step(seed, step)
-                rows, latents, t, noise = draw_batch(model, mean, std, batch_size, generator)
+                rows, *batch = draw_batch(model, mean, std, batch_size, generator)
                 shown = [i % len(pixels) for i in rows]
                 prompts = [fill(draw.choice(texts[i]), words, i) for i in shown]
                 if progressive:
                     used = 1 + (step - 1) * 5 // (2 * steps)
                     words[0] = replace(word, vectors=parameters[0][:used])
 
-                context = model.encode_text(prompts, words)
-                loss = diffusion_loss(model, latents, context, t, noise)
-                drift = ((parameters[0] - start) ** 2).sum()
+                latents, t, noise = (tensor[own] for tensor in batch)
+                context = model.encode_text(prompts[own], words)
+                loss = diffusion_loss(model, latents, context, t, noise) * (len(t) / batch_size)
+                drift = ((parameters[0] - start) ** 2).sum() / world
                 optimizer.zero_grad()
                 (loss + regularize * drift).backward()
+                loss = loss.detach()
+                add_up([loss, *(p.grad for p in parameters)])
                 if not all(p.grad.isfinite().all() for p in parameters):
                     raise NotFinite("gradient")
                 optimizer.step()
                 word.metadata["steps"] = str(step)
-                yield State(step, loss.detach(), words[0], image_words, parameters, optimizer)
+                yield State(step, loss, words[0], image_words, parameters, optimizer)
         except NotFinite as error:
             raise NotFinite(
                 f"step {step}: the {error} gave NaN or infinity; the word is left as it was before "
@@ -801,14 +810,18 @@ def evaluate(
 
     kinds = [("reconstruction", RECONSTRUCTION)]
     kinds += [(kind, prompt) for kind, listed in prompts.items() for prompt in listed]
-    for kind, prompt in kinds:
+
+    def row(entry: tuple[str, str]) -> dict:
+        kind, prompt = entry
         drawn = originals if texts is None else features(prompt)
         if kind == "reconstruction":
             score = reconstruction(drawn, originals)
         else:
             plain = without_placeholder(without_weights(prompt), "{}")
             score = editability(drawn, scorer.texts([plain]))
-        yield dict(kind=kind, prompt=prompt, score=score)
+        return dict(kind=kind, prompt=prompt, score=score)
+
+    yield from shared_out(kinds, row)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -58,6 +58,7 @@ from .embeddings import FORMATS, Embedding, default_format, encode_embedding
 from .evaluation import Scorer, confidence, rank, read_captions, read_prompts
 from .files import Run, free_target, interruptible, write_file, write_png, write_table
 from .latent_diffusion import LatentDiffusion
+from .parallel import processes, rank_and_world, shared_out
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -302,8 +303,9 @@ def run_invert(args: argparse.Namespace) -> int:
 
     progress = tqdm(states, total=steps, initial=begun, unit="step")
     if learn(model, progress, run, start, steps, args):
-        word = load_concept(out).placeholder  # .pt and .png have names of their own
-        print(f"wrote {out}; try: {TRY.format(word, out)}")
+        if rank_and_world()[0] == 0:
+            word = load_concept(out).placeholder  # .pt and .png have names of their own
+            print(f"wrote {out}; try: {TRY.format(word, out)}")
         return 0
     command = shlex.join(["python", *sys.argv, *["--resume"] * (not args.resume)])
     print(f"stopped; the word so far is in {out}; go on with: {command}")
@@ -424,8 +426,10 @@ def run_sample(args: argparse.Namespace) -> None:
     settings |= dict(guidance_scale=guidance_of(model, args.guidance))
     print(f"drawing {len(args.prompts)} prompt(s) x {args.n}, {args.steps} DDIM steps, to {out}")
     rows = []
-    for prompt in tqdm(args.prompts, unit="prompt", disable=len(args.prompts) == 1):
-        images = sample(model, prompt, concepts, n=args.n, **settings)
+    draw = partial(sample, model, concepts=concepts, n=args.n, **settings)
+    drawn = zip(args.prompts, shared_out(args.prompts, draw))
+    one = len(args.prompts) == 1
+    for prompt, images in tqdm(drawn, total=len(args.prompts), unit="prompt", disable=one):
         order = rank(scorer, images, plain_text(prompt, concepts)) if scorer else range(args.n)
         for i in list(order)[:keep]:
             if args.singles:
@@ -638,7 +642,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
     try:
         args = build_parser().parse_args(argv)
-        return args.run(args) or 0
+        with processes() as rank:
+            if rank > 0:  # the first one speaks for all
+                sys.stdout = sys.stderr = open(os.devnull, "w")
+            return args.run(args) or 0
     except (ValueError, OSError) as error:
         reason = str(error)
     except (MemoryError, RuntimeError) as error:

@@ -30,6 +30,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from .parallel import rank_and_world, wait_for_all
+
 
 def free_target(path: Path, overwrite: bool) -> Path:
     """The path, if it may be written: said before the work, not after it."""
@@ -44,10 +46,13 @@ def free_target(path: Path, overwrite: bool) -> Path:
 
 
 def write_file(path: str | Path, content: bytes, overwrite: bool = False) -> None:
-    """All or nothing: a temporary file beside the target, synced, then renamed.
+    """All or nothing: a temporary file beside the target, synced, then renamed. Of several
+    processes (models/parallel.py) only the first writes.
 
     Raises ValueError where the target exists or cannot be written.
     """
+    if rank_and_world()[0] > 0:
+        return
     path = free_target(Path(path), overwrite)
     temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.tmp")
     try:
@@ -129,6 +134,9 @@ class Run:
     def begin(self, anew: bool) -> None:
         """Write the settings, before the first step. `anew` takes another run's files away but
         the word, whose place is taken by the first save."""
+        wait_for_all()  # each process has looked at what there is; now the first changes it
+        if rank_and_world()[0] > 0:
+            return
         for path in self.out.parent.glob(f".{glob.escape(self.out.stem)}.*.tmp"):
             path.unlink()  # what a killed process left
         for path in self.files() if anew else ():
