@@ -47,7 +47,9 @@ def snapshots(lab: Lab, name: str, count: int, at: list[int]) -> list[textinv.Co
 def measures(lab: Lab, name: str, count: int, concept: textinv.Concept) -> dict[str, float]:
     everything, prompts = tiles(f"{name}.webp"), SETS[name][2]
     filled = [prompt.format(f"<{name}>") for prompt in prompts]
-    drawn = [textinv.sample(lab.model, p, [concept], **lab.sampling) for p in filled]
+    few = max(2, lab.sampling["n"] // 8)  # a mean needs fewer than a distribution
+    drawn = [lab.draw(filled[0], [concept])]
+    drawn += [lab.draw(prompt, [concept], n=few) for prompt in filled[1:]]
     images = lab.scorer.images(everything)
     plain, *edited = (lab.scorer.images(group) for group in drawn)
     texts = lab.scorer.texts([without_placeholder(prompt, "{}") for prompt in prompts[1:]])
@@ -75,6 +77,13 @@ def main(argv=None) -> None:
                 scores = (f"{measure} {value:.3f}" for measure, value in found.items())
                 print(f"{name}, {count} pictures, {step} steps:", *scores, flush=True)
     write_table(lab.out / "broad.csv", rows, overwrite=True)
+    try:
+        from chart import curves
+    except ImportError as error:
+        print(f"no chart: {error}; pip install matplotlib")
+    else:
+        measures_of = list(rows[0])[3:]
+        write_file(lab.out / "broad.png", curves(rows, measures_of), overwrite=True)
 
 
 if __name__ == "__main__":

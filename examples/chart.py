@@ -1,4 +1,5 @@
-"""Figure 7 of the paper: likeness to the pictures against obedience to the prompt.
+"""The paper's charts: figure 7, likeness to the pictures against obedience to the prompt, and figure
+13, measures by training steps.
 
     python textinv.py evaluate runs/*/*.safetensors --images examples/concepts --chart fig7.png
 
@@ -28,6 +29,30 @@ def tradeoff(scores: Mapping[str, Sequence[tuple[str, float, float]]]) -> bytes:
     axes.set_xlabel("editability: CLIP cosine to the prompt")
     axes.set_ylabel("reconstruction: CLIP cosine to the pictures")
     axes.grid(alpha=0.3)
+    return png(figure)
+
+
+def curves(rows: Sequence[Mapping], measures: Sequence[str]) -> bytes:
+    """A PNG with a panel for each set and measure, a line for each number of pictures, over the
+    training steps; rows as broad.py writes them."""
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    figure = Figure(figsize=(3 * len(measures), 2.5 * len(names)), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(names), len(measures), squeeze=False)
+    for axes, name in zip(panels, names):
+        for panel, measure in zip(axes, measures):
+            for count in dict.fromkeys(row["pictures"] for row in rows):
+                own = [row for row in rows if (row["name"], row["pictures"]) == (name, count)]
+                points = [row["steps"] for row in own], [row[measure] for row in own]
+                panel.plot(*points, "o-", label=f"{count} pictures", markersize=3)
+            panel.set_title(f"{name}: {measure}", fontsize=9)
+            panel.set_xscale("log")
+            panel.grid(alpha=0.3)
+    panels[0][0].legend(fontsize=7)
+    return png(figure)
+
+
+def png(figure: Figure) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png")
     return file.getvalue()
