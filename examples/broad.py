@@ -15,6 +15,7 @@ import lpips_fid
 from experiment import Lab, options, tiles
 
 import textinv
+from models.command_line import draw_chart
 from models.evaluation import (
     cluster_diversity,
     editability,
@@ -77,13 +78,7 @@ def main(argv=None) -> None:
                 scores = (f"{measure} {value:.3f}" for measure, value in found.items())
                 print(f"{name}, {count} pictures, {step} steps:", *scores, flush=True)
     write_table(lab.out / "broad.csv", rows, overwrite=True)
-    try:
-        from chart import curves
-    except ImportError as error:
-        print(f"no chart: {error}; pip install matplotlib")
-    else:
-        measures_of = list(rows[0])[3:]
-        write_file(lab.out / "broad.png", curves(rows, measures_of), overwrite=True)
+    draw_chart(lab.out / "broad.png", lambda chart: chart.curves(rows, list(rows[0])[3:]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The paper's charts: figure 7, likeness to the pictures against obedience to the prompt, and figure
+"""The paper's charts: figure 7, likeness to the pictures against obedience to the prompt; figure
 13, measures by training steps.
 
     python textinv.py evaluate runs/*/*.safetensors --images examples/concepts --chart fig7.png

@@ -61,7 +61,7 @@ def main(argv=None) -> None:
     write_table(lab.out / "fig7.csv", rows, overwrite=True)
     print_scores(rows)
     print_differences(rows)
-    draw_chart(rows, lab.out / "fig7.png")
+    draw_chart(lab.out / "fig7.png", lambda chart: chart.tradeoff(scores_of(rows)))
 
 
 if __name__ == "__main__":

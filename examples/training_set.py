@@ -4,12 +4,12 @@
 
 Two objects, each learnt from 1 to 25 pictures (C.1), from five before one background or in one pose
 (C.2), and with the bare prompt "{}" (C.3); "ours" are the five bundled pictures, and all are
-measured against these. At the end training_set.csv, training_set.png (needs matplotlib) and a table.
+measured against these. At the end training_set.csv, training_set.png (needs matplotlib), a table.
 """
 
 from experiment import Lab, options, tiles
 
-from models.command_line import draw_chart, print_scores
+from models.command_line import draw_chart, print_scores, scores_of
 from models.files import write_table
 
 # Which pictures of the sheet examples/sets/NAME.png; make_sets.py draws it.
@@ -35,7 +35,7 @@ def main(argv=None) -> None:
             rows += lab.scores(setup, name, [word.placeholder], [word])
     write_table(lab.out / "training_set.csv", rows, overwrite=True)
     print_scores(rows)
-    draw_chart(rows, lab.out / "training_set.png")
+    draw_chart(lab.out / "training_set.png", lambda chart: chart.tradeoff(scores_of(rows)))
 
 
 if __name__ == "__main__":

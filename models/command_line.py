@@ -12,7 +12,7 @@ import re
 import shlex
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -509,7 +509,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
     print_scores(rows)
     print(f"wrote {out}")
     if chart:
-        draw_chart(rows, chart)
+        draw_chart(chart, lambda module: module.tradeoff(scores_of(rows)))
 
 
 def scores_of(rows: Sequence[dict]) -> dict[str, list[tuple[str, float, float]]]:
@@ -535,14 +535,15 @@ def print_scores(rows: Sequence[dict]) -> None:
             )
 
 
-def draw_chart(rows: Sequence[dict], path: Path) -> None:
-    """Figure 7; matplotlib is an extra, so a missing one costs the chart and nothing else."""
+def draw_chart(path: Path, draw: Callable) -> None:
+    """Write what `draw` makes of the module examples/chart.py. matplotlib is an extra, so a missing
+    one costs the chart and nothing else."""
     try:
-        from examples.chart import tradeoff
+        from examples import chart
     except ImportError as error:
         warnings.warn(f"no chart: {error}; pip install matplotlib, and run from the repository")
     else:
-        write_file(path, tradeoff(scores_of(rows)), overwrite=True)
+        write_file(path, draw(chart), overwrite=True)
         print(f"wrote {path}")
 
 
