@@ -1,0 +1,134 @@
+"""diffusers' components in the loop of its textual inversion script, for benchmark.py.
+
+The same weights, pictures, batch and precision, in the same process and in turns. Their loop, as
+published: the autoencoder encodes in every step, the text encoder's whole table is the optimizer's,
+and all rows but the word's are put back afterwards.
+"""
+
+import time
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from experiment import pictures
+
+import textinv
+from models.checkpoint import Stored, autoencoder_from_diffusers, unet_from_diffusers
+
+
+def components(model: textinv.LatentDiffusion):
+    """diffusers' UNet, autoencoder and text encoder of SD 1.5's sizes; ours get their weights."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    widths, blocks = (128, 256, 512, 512), dict(layers_per_block=2)
+    blocks |= dict(down_block_types=["DownEncoderBlock2D"] * 4)
+    blocks |= dict(up_block_types=["UpDecoderBlock2D"] * 4)
+    with torch.device(model.device):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+        vae = AutoencoderKL(block_out_channels=widths, **blocks)
+        sizes = dict(vocab_size=49409, hidden_size=768, intermediate_size=3072)
+        sizes |= dict(num_hidden_layers=12, num_attention_heads=12, hidden_act="quick_gelu")
+        text = CLIPTextModel(CLIPTextConfig(**sizes))
+    unet, vae = unet.to(model.dtype), vae.to(model.dtype)
+    for ours, theirs, rename in (
+        (model.unet, unet, unet_from_diffusers),
+        (model.autoencoder, vae, autoencoder_from_diffusers),
+    ):
+        state = {
+            k: Stored(tuple(v.shape), lambda dtype, v=v: v) for k, v in theirs.state_dict().items()
+        }
+        ours.load_state_dict({k: stored.read(None) for k, stored in rename(state).items()})
+        theirs.requires_grad_(False)
+    text.requires_grad_(False)
+    text.get_input_embeddings().weight.requires_grad_(True)
+    return unet, vae, text
+
+
+def their_step(model, unet, vae, text, batch_size: int, checkpointing: bool):
+    """A function that does one step of their script."""
+    from diffusers import DDPMScheduler
+
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+        unet.train()  # theirs checkpoints only so; no dropout is set
+    scheduler = DDPMScheduler(1000, 0.00085, 0.012, "scaled_linear")
+    table = text.get_input_embeddings().weight
+    before = table.detach().clone()
+    optimizer = torch.optim.AdamW([table], lr=5e-4)
+    images = textinv.prepare_images(pictures("teddy"), model.size)[:1]
+    images = images.expand(batch_size, -1, -1, -1).to(model.device, model.dtype)
+    ids = torch.tensor([model.tokenizer.pad(model.tokenizer.encode("a photo of a toy"))])
+    ids[0, 5] = 49408
+    ids = ids.expand(batch_size, -1).to(model.device)
+
+    def step() -> None:
+        latents = vae.encode(images).latent_dist.sample().detach() * 0.18215
+        noise = torch.randn_like(latents)
+        t = torch.randint(1000, (batch_size,), device=latents.device)
+        context = text(ids)[0].to(model.dtype)
+        prediction = unet(scheduler.add_noise(latents, noise, t), t, context).sample
+        F.mse_loss(prediction.float(), noise.float()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            table[:49408] = before[:49408]
+
+    return step
+
+
+def their_sample(model, unet, vae, text, steps: int):
+    """A function that draws one picture with their pipeline."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text.to(model.dtype),
+        tokenizer=None,
+        unet=unet.eval(),
+        scheduler=DDIMScheduler(
+            1000, 0.00085, 0.012, "scaled_linear", steps_offset=1, clip_sample=False
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    context, uncond = (model.encode_text([p]).to(model.dtype) for p in ("a photo of a toy", ""))
+    given = dict(prompt_embeds=context, negative_prompt_embeds=uncond, num_inference_steps=steps)
+    given |= dict(height=model.size, width=model.size)
+    return lambda: pipe(**given)
+
+
+def clock(work, device: torch.device) -> float:
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def in_turns(ours, theirs, rounds: int, device: torch.device) -> tuple[float, float, list[float]]:
+    """Median seconds of both, and the ratios ours/theirs round by round, after one for warming."""
+    pairs = [(clock(ours, device), clock(theirs, device)) for _ in range(rounds + 1)][1:]
+    a, b = zip(*pairs)
+    return median(a), median(b), sorted(x / y for x, y in pairs)
+
+
+def compare(model: textinv.LatentDiffusion, args) -> dict:
+    """Ours against theirs: a training step, and sampling."""
+    parts = components(model)
+    theirs = their_step(model, *parts, args.batch_size, args.gradient_checkpointing)
+    options = dict(batch_size=args.batch_size, gradient_checkpointing=args.gradient_checkpointing)
+    options |= dict(steps=args.steps + 2, templates=["a photo of a {}"])
+    states = textinv.train(model, pictures("teddy"), "toy", **options)
+    row = {}
+    ours = lambda: next(states)
+    a, b, ratios = in_turns(ours, theirs, args.steps, model.device)
+    row |= dict(ours_step_s=a, diffusers_step_s=b, step_ratio=median(ratios))
+    row |= dict(step_ratio_low=ratios[0], step_ratio_high=ratios[-1])
+    steps = args.ddim_steps
+    draw = lambda: textinv.sample(model, "a photo of a toy", steps=steps)
+    a, b, ratios = in_turns(draw, their_sample(model, *parts, steps), 2, model.device)
+    row |= dict(ours_picture_s=a, diffusers_picture_s=b, picture_ratio=median(ratios))
+    return row | dict(picture_ratio_low=ratios[0], picture_ratio_high=ratios[-1])
