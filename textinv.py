@@ -45,6 +45,7 @@ from models.files import write_file
 from models.latent_diffusion import LatentDiffusion
 from models.parallel import add_up, rank_and_world, shared_out
 from models.prompts import escape, without_weights
+from models.tokenizers import any_of
 
 __all__ = [
     "Concept",
@@ -148,9 +149,9 @@ def find_images(folder: str | Path) -> list[Path]:
     return pictures
 
 
-def open_image(source: str | Path | Image.Image) -> Image.Image:
-    """An upright RGB picture: EXIF orientation applied, transparency composited on white, of an
-    animation the first frame."""
+def open_image(source: str | Path | Image.Image, behind: str = "white") -> Image.Image:
+    """An upright RGB picture: EXIF orientation applied, transparency composited on white or what
+    else is `behind`, of an animation the first frame."""
     if isinstance(source, Image.Image):
         image = source
     else:
@@ -170,7 +171,7 @@ def open_image(source: str | Path | Image.Image) -> Image.Image:
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, behind), image)
     return image.convert("RGB")
 
 
@@ -194,8 +195,7 @@ def prepare_images(images: Images, size: int) -> Tensor:
 
 def to_tensor(image: Image.Image) -> Tensor:
     """(1, C, H, W) in [-1, 1] of an RGB or a grey picture."""
-    pixels = torch.from_numpy(np.array(image, ndmin=3, copy=True))
-    pixels = pixels if image.mode == "RGB" else pixels.permute(1, 2, 0)
+    pixels = torch.from_numpy(np.array(image)).reshape(image.height, image.width, -1)
     return pixels.permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
@@ -520,8 +520,8 @@ def texts_by_picture(templates, pictures: int) -> list[list[str]]:
 def check_prompts(model: LatentDiffusion, prompts: Sequence[str], words: Sequence[Concept]) -> None:
     """Every training prompt must show the word to the text encoder, or there is nothing to learn:
     in "my-cats" there is no my-cat, and the end of a long prompt is cut off."""
-    warn_of_cuts(model, [escape(prompt) for prompt in prompts], words)  # no weights in training
     placeholders, word = model.placeholders(words), words[0].placeholder
+    warn_of_cuts(model, {text: len(model.tokenizer.words(text, placeholders)) for text in prompts})
     for prompt in dict.fromkeys(prompts):
         if placeholders[word][0] not in model.tokenizer.encode(prompt, placeholders):
             raise ValueError(
@@ -596,11 +596,10 @@ def check_concepts(model: LatentDiffusion, concepts: Sequence[Concept]) -> None:
         seen.add(concept.placeholder)
 
 
-def warn_of_cuts(model: LatentDiffusion, prompts: Sequence[str], concepts: Sequence[Concept]):
+def warn_of_cuts(model: LatentDiffusion, counts: Mapping[str, int]) -> None:
     """Warn of each prompt that has more tokens than the text encoder reads."""
     room = model.tokenizer.max_length - 2
-    for prompt in dict.fromkeys(prompts):
-        count = len(model.weighted_words(prompt, concepts))
+    for prompt, count in counts.items():
         if count > room:
             warnings.warn(f"{prompt!r} has {count} tokens, only the first {room} are read")
 
@@ -615,7 +614,7 @@ def conditions(
     whose brackets are weights, that of the empty prompt, and the scale, or the model's default."""
     scale = guidance_of(model, guidance_scale)
     check_concepts(model, concepts)
-    warn_of_cuts(model, prompts, concepts)
+    warn_of_cuts(model, {text: len(model.weighted_words(text, concepts)) for text in prompts})
     context, uncond = model.encode_prompts(prompts, concepts), model.encode_text([""])
     return dict(context=context, uncond=uncond, guidance_scale=scale)
 
@@ -659,15 +658,18 @@ def sample(
     for words that do not belong to this model.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not prompts:
+        return []
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}; it goes from 0 (DDIM) to 1 (as noisy as DDPM)")
     check_range(1, n=n, batch_size=batch_size)
     check_range(0, seed=seed)
     size = model.size if size is None else size
     shape = model.latent_shape((size, size) if isinstance(size, int) else size)
-    given = conditions(model, prompts, concepts, guidance_scale)
+    distinct = list(dict.fromkeys(prompts))
+    given = conditions(model, distinct, concepts, guidance_scale)
 
-    jobs = [(row, seed + i) for row in range(len(prompts)) for i in range(n)]
+    jobs = [(distinct.index(prompt), seed + i) for prompt in prompts for i in range(n)]
     images: list[Image.Image] = []
     for first in range(0, len(jobs), batch_size):
         rows, seeds = zip(*jobs[first : first + batch_size])
@@ -704,50 +706,53 @@ def edit(
     Sampling starts from the picture noised to `strength`, in (0, 1], of the schedule; 1, the
     default with a mask, starts from noise alone, and 0.6, the default without one, keeps the
     layout (Meng et al. 2022). After every step the latents outside the mask are those of the
-    picture, as noisy as the step. What is returned has the picture's size, and its very pixels
-    where the mask is black; the decoder is fitted to them in `reconstruct_steps` steps. Raises
-    ValueError for pictures that cannot be read, a mask of another size or without white, and as
-    `sample` does.
+    picture, as noisy as the step, with the noise that sampling began with (the paper draws it
+    anew). What is returned has the picture's size, and its very pixels (of a transparent one, on
+    white) where the mask is black; the decoder is fitted to them in `reconstruct_steps` steps.
+    Raises ValueError for pictures that cannot be read, for strips, for a mask of another size or
+    without white, and as `sample` does.
     """
-    image, whole = open_image(image), mask is None
-    strength = (0.6 if whole else 1.0) if strength is None else strength
+    image = open_image(image)
+    strength = (0.6 if mask is None else 1.0) if strength is None else strength
     if not 0 < strength <= 1:
         raise ValueError(f"strength is {strength}; it goes from 0 (keep all) to 1 (new picture)")
     check_range(1, n=n)
     check_range(0, seed=seed, reconstruct_steps=reconstruct_steps)
-    mask = Image.new("L", image.size, 255) if whole else open_mask(mask, image.size)
+    mask = Image.new("L", image.size, 255) if mask is None else open_mask(mask, image.size)
     given = conditions(model, [prompt], concepts, guidance_scale)
     size = working_size(image.size, model.size, model.unit)
-    pixels, keep = to_tensor(image.resize(size)).to(model.device), to_tensor(mask.resize(size))
-    keep = (keep.to(model.device) + 1) / 2
-    z_0, alpha = model.encode_images(pixels), latent_mask(keep, model.autoencoder.config.factor)
+    pixels = to_tensor(image.resize(size, Image.Resampling.BICUBIC)).to(model.device)
+    inside = (to_tensor(mask.resize(size)).to(model.device) + 1) / 2
+    z_0 = model.encode_images(pixels)
+    alpha = latent_mask((to_tensor(mask) + 1) / 2, z_0.shape[-2:]).to(z_0)
     pairs = model.schedule.ddim_pairs(steps)[-max(1, round(strength * steps)) :]
-    alphas = shrinking_masks(alpha, len(pairs), 2 ** (len(model.unet.config.widths) - 1))
+    masks = shrinking_masks(alpha, len(pairs), 2 ** (len(model.unet.config.widths) - 1))
 
     versions = []
     for s in range(seed, seed + n):
         noise = normal(z_0, torch.Generator().manual_seed(s))
         x = noise if strength == 1 else model.schedule.q_sample(z_0, pairs[0][0], noise)
-        for (t, t_prev), alpha in zip(pairs, alphas):
+        for (t, t_prev), blend in zip(pairs, masks):
             prediction = model.guided(x, torch.full((1,), t, device=x.device), **given)
             x = model.schedule.ddim_step(x, t, t_prev, prediction)
-            x = alpha * x + (1 - alpha) * model.schedule.q_sample(z_0, t_prev, noise)
+            x = blend * x + (1 - blend) * model.schedule.q_sample(z_0, t_prev, noise)
         x = alpha * x + (1 - alpha) * z_0
-        fitted = reconstruct(model, x, pixels, keep, 0 if whole else reconstruct_steps)
+        fitted = reconstruct(model, x, pixels, inside, reconstruct_steps)
         drawn = finished(fitted)[0].resize(image.size, Image.Resampling.BICUBIC)
         versions.append(Image.composite(drawn, image, mask))
     return versions
 
 
 def open_mask(source: str | Path | Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The mask of a picture of that (width, height): grey, white where it may change."""
-    mask = open_image(source).convert("L")
+    """The mask of a picture of that (width, height): grey, white where it may change. What is
+    transparent is black."""
+    mask = open_image(source, "black").convert("L")
     if mask.size != size:
         raise ValueError(
             f"the mask has {mask.width}x{mask.height} pixels, the picture {size[0]}x{size[1]}; "
             "paint the mask over a copy of the picture"
         )
-    if mask.getextrema()[1] == 0:
+    if mask.getextrema()[1] < 128:
         raise ValueError("the mask is black everywhere; paint white what may change")
     return mask
 
@@ -762,10 +767,10 @@ def unknown_words(prompts: Sequence[str], concepts: Sequence[Concept]) -> list[s
 def plain_text(prompt: str, concepts: Sequence[Concept]) -> str:
     """The prompt for a CLIP that does not know the learnt words: without weights, and with the
     coarse word that each began as, where its file says so."""
-    text = without_weights(prompt)
-    for concept in concepts:
-        text = text.replace(concept.placeholder, concept.metadata.get("init_word", ""))
-    return " ".join(text.split())
+    coarse = {concept.placeholder: concept.metadata.get("init_word", "") for concept in concepts}
+    if coarse:
+        prompt = re.sub(any_of(coarse), lambda word: escape(coarse[word[0]]), prompt)
+    return " ".join(without_weights(prompt).split())
 
 
 # ------------------------------------------------------------------------------------- measuring
@@ -803,7 +808,7 @@ def evaluate(
         drawn = []
         for i, text in enumerate(texts):
             share = len(range(i, n, len(texts)))
-            filled = without_placeholder(prompt.replace("{}", text), "")
+            filled = without_placeholder(prompt.replace("{}", escape(text)), "")
             options = dict(steps=steps, guidance_scale=guidance_scale, seed=seed + i)
             drawn += sample(model, filled, concepts, n=share, **options) if share else []
         return scorer.images(drawn)

@@ -149,6 +149,8 @@ def add_edit(p: argparse.ArgumentParser) -> None:
     p.add_argument("--mask", metavar="FILE", help="white where the picture may change; all of it")
     p.add_argument("--strength", type=float, help="1 (the default with a mask) keeps nothing; 0.6")
     p.add_argument("-n", type=int, default=1, help="versions (default 1)")
+    fit = "to fit the decoder to what the mask keeps (100); 0 for none: quicker, perhaps a seam"
+    p.add_argument("--reconstruct-steps", type=int, default=100, metavar="STEPS", help=fit)
     p.add_argument("--out", default="edited.png", metavar="FILE", help="a grid if n > 1")
     p.set_defaults(run=run_edit)
 
@@ -402,8 +404,11 @@ def read_size(text: str | None) -> tuple[int, int] | None:
 
 
 def words_for(args: argparse.Namespace, prompts: Sequence[str]) -> list[Concept]:
-    """The learnt words for some prompts, with a warning for what looks like one and is none."""
+    """The learnt words for some prompts, which are checked before anything takes its time. Warns of
+    what looks like such a word and is none."""
     concepts = load_words(args.concept, args.rename)
+    for prompt in prompts:
+        plain_text(prompt, concepts)
     for word in unknown_words(prompts, concepts):
         known = ", ".join(c.placeholder for c in concepts) or "none"
         warnings.warn(f"{word} is no learnt word (known: {known}); it is read as plain text")
@@ -416,16 +421,18 @@ def run_sample(args: argparse.Namespace) -> None:
     keep = args.n if args.keep is None else args.keep
     if not 1 <= keep <= args.n:
         raise ValueError(f"--keep {keep} of -n {args.n} pictures; keep 1 to {args.n}")
+    if args.clip and args.keep is None:
+        raise ValueError("--clip says which CLIP chooses the pictures of --keep; add that")
     singles = [Path(args.singles or "") / f"{i:04d}.png" for i in range(keep * len(args.prompts))]
     for path in singles if args.singles else ():
         free_target(path, args.overwrite)
     concepts, size = words_for(args, args.prompts), read_size(args.size)
     model = load_for(args)
-    scorer = Scorer.load(args.clip, model.device) if keep < args.n else None
+    scorer = Scorer.load(args.clip, model.device) if args.keep else None
     settings = dict(steps=args.steps, eta=args.eta, seed=args.seed, size=size or model.size)
     settings |= dict(guidance_scale=guidance_of(model, args.guidance))
     print(f"drawing {len(args.prompts)} prompt(s) x {args.n}, {args.steps} DDIM steps, to {out}")
-    rows = []
+    rows, seeds = [], []
     draw = partial(sample, model, concepts=concepts, n=args.n, **settings)
     drawn = zip(args.prompts, shared_out(args.prompts, draw))
     one = len(args.prompts) == 1
@@ -436,22 +443,28 @@ def run_sample(args: argparse.Namespace) -> None:
                 text = {"prompt": prompt, "settings": settings | dict(seed=args.seed + i)}
                 write_png(singles[len(rows)], images[i], text, args.overwrite)
             rows.append(images[i])
+            seeds.append(args.seed + i)
     columns = keep if len(args.prompts) > 1 else None
-    text = {"prompt": "\n".join(args.prompts), "settings": settings | dict(model=model.name)}
+    settings |= dict(n=args.n, seeds=seeds, model=model.name)
+    text = {"prompt": "\n".join(args.prompts), "settings": settings}
     write_png(out, grid(rows, columns), text, args.overwrite)
     print(f"wrote {out}")
 
 
 def run_edit(args: argparse.Namespace) -> None:
     out = free_png(args.out, args.overwrite)
+    check_range(1, n=args.n)
     image = open_image(args.image)
     mask = open_mask(args.mask, image.size) if args.mask else None
     concepts, model = words_for(args, [args.prompt]), load_for(args)
-    settings = dict(strength=args.strength, n=args.n, steps=args.steps, seed=args.seed)
+    settings = dict(strength=args.strength, steps=args.steps)
+    settings |= dict(reconstruct_steps=args.reconstruct_steps)
     settings |= dict(guidance_scale=guidance_of(model, args.guidance))
     print(f"repainting {args.image}, {args.n} version(s), {args.steps} DDIM steps, to {out}")
-    images = edit(model, image, args.prompt, concepts, mask, **settings)
-    settings |= dict(image=args.image, mask=args.mask, model=model.name)
+    images, seeds = [], range(args.seed, args.seed + args.n)
+    for seed in tqdm(seeds, unit="version", disable=args.n == 1):
+        images += edit(model, image, args.prompt, concepts, mask, seed=seed, **settings)
+    settings |= dict(image=args.image, mask=args.mask, seeds=[*seeds], model=model.name)
     text = {"prompt": args.prompt, "settings": settings}
     write_png(out, grid(images), text, args.overwrite)
     print(f"wrote {out}")
@@ -493,6 +506,8 @@ def run_evaluate(args: argparse.Namespace) -> None:
         raise ValueError(f"two words are {twice[1]} of the setup (folder) {twice[0]}; rename one")
     chart = free_png(args.chart, args.overwrite) if args.chart else None
     prompts = read_prompts(args.prompts)
+    for prompt in (prompt for listed in prompts.values() for prompt in listed):
+        plain_text(prompt, [])  # a faulty weight is said before hours of work
     model = load_for(args)
     scorer = Scorer.load(args.clip, model.device)
     count = 1 + sum(map(len, prompts.values()))
@@ -584,8 +599,8 @@ def run_show(args: argparse.Namespace) -> None:
         model = load_for(args)
         concepts = load_words(args.concept, args.rename)
         check_concepts(model, concepts)
-        warn_of_cuts(model, [args.what], concepts)
         tokenizer, words = model.tokenizer, model.weighted_words(args.what, concepts)
+        warn_of_cuts(model, {args.what: len(words)})
         ids = tokenizer.frame([i for i, _ in words])
         for i, weight in zip(ids, [1.0, *(w for _, w in words)][: len(ids) - 1] + [1.0]):
             print(f"{i:6d} {token(model, concepts, i)}" + f" x {weight:.2f}" * (weight != 1))
@@ -634,6 +649,7 @@ def show_words(concepts: Sequence[Concept], args: argparse.Namespace) -> None:
 LESS_MEMORY = {
     "invert": "--batch-size 1, --gradient-checkpointing, --precision bf16, --preview-every 0",
     "sample": "a smaller -n or --size, --precision bf16, --device cpu",
+    "edit": "--reconstruct-steps 0, --precision bf16, --device cpu",
 }
 
 

@@ -6,30 +6,33 @@ import copy
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .latent_diffusion import SCALE_FACTOR, LatentDiffusion
 
 
 def working_size(size: tuple[int, int], side: int, unit: int) -> tuple[int, int]:
     """Width and height, multiples of `unit`, of about this size's proportions, whose shorter one
-    is `side`: what a model draws well."""
+    is `side`: what a model draws well. Raises ValueError for a strip."""
+    if max(size) > 8 * min(size):
+        raise ValueError(f"the picture has {size[0]}x{size[1]} pixels; cut a less narrow part out")
     scale = side / min(size)
     width, height = (max(unit, round(s * scale / unit) * unit) for s in size)
     return width, height
 
 
-def latent_mask(mask: Tensor, factor: int) -> Tensor:
-    """(1, 1, h, w) of a mask (1, 1, H, W): a latent may change if any of its pixels may."""
-    return F.max_pool2d(mask, factor)
+def latent_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """(1, 1, h, w) of 0 and 1, for a size (h, w), of a mask (1, 1, H, W) in [0, 1]: a latent may
+    change if any of its pixels may. Trap: grey would be multiplied in anew at every step."""
+    return F.adaptive_max_pool2d((mask >= 0.5).float(), size)
 
 
 def shrinking_masks(mask: Tensor, steps: int, cell: int) -> list[Tensor]:
     """The mask (1, 1, h, w) of each step. A thin one begins wide and narrows down to itself over
     the first half of the steps (section 4.3 of the blended latent diffusion paper).
 
-    Thin is what does not hold half of a cell of the UNet's coarsest level, `cell` latents wide:
-    where the picture is laid out the mask would hardly be seen.
+    Thin is what is no wider than a cell of the UNet's coarsest level, `cell` latents: where the
+    picture is laid out, the mask would hardly be seen.
     """
     thickness, rest = 0, mask
     while thickness < cell // 2 and rest.any():
@@ -40,7 +43,7 @@ def shrinking_masks(mask: Tensor, steps: int, cell: int) -> list[Tensor]:
     for step in range(steps):
         radius = max(0, round(missing * (1 - 2 * step / steps)))
         masks.append(F.max_pool2d(mask, 2 * radius + 1, stride=1, padding=radius))
-    return masks
+    return [*masks[:-1], mask]
 
 
 def reconstruct(
@@ -55,19 +58,18 @@ def reconstruct(
     original code gives the outside, a small decoder spoils the inside. 0 steps fit nothing.
     """
     drawn = model.decode_latents(latents)
-    if steps == 0:
+    if steps == 0 or mask.min() == 1:
         return drawn
-    decoder = copy.deepcopy(model.autoencoder).float().requires_grad_(True)
-    optimizer = torch.optim.Adam(
-        [*decoder.decoder.parameters(), *decoder.post_quant_conv.parameters()], lr=1e-4
-    )
+    decode = nn.Sequential(model.autoencoder.post_quant_conv, model.autoencoder.decoder)
+    decode = copy.deepcopy(decode).float().requires_grad_(True)
+    optimizer = torch.optim.Adam(decode.parameters(), lr=1e-4)
     z = latents.float() / SCALE_FACTOR
     with torch.enable_grad():
         for _ in range(steps):
-            picture = decoder.decode(z)
+            picture = decode(z)
             inside = ((picture - drawn) * mask).square().mean()
             outside = ((picture - source) * (1 - mask)).square().mean()
             optimizer.zero_grad()
             (inside + outside).backward()
             optimizer.step()
-    return decoder.decode(z).detach().clamp(-1, 1)
+    return decode(z).detach().clamp(-1, 1)

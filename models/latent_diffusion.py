@@ -5,6 +5,7 @@ the text encoder, eps_theta the UNet. Everything is frozen. The one thing that t
 adds happens in `embed`: ids that are not in the vocabulary are looked up in learnt vectors.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,7 +19,7 @@ from .bert import BertTextEncoder
 from .clip import CLIPTextEncoder
 from .prompts import escape, split_weights
 from .schedule import Schedule
-from .tokenizers import Placeholders, Tokenizer
+from .tokenizers import Placeholders, Tokenizer, any_of
 from .unet import UNet
 
 SCALE_FACTOR = 0.18215  # LDM and Stable Diffusion: makes the latents' variance about 1
@@ -114,8 +115,8 @@ class LatentDiffusion:
     def weighted_words(self, prompt: str, concepts: Sequence[Word]) -> list[tuple[int, float]]:
         """The ids of a prompt, without start and end, each with its weight (models/prompts.py)."""
         placeholders = self.placeholders(concepts)
-        for word in placeholders:  # one like [V] is no bracket
-            prompt = prompt.replace(word, escape(word))
+        if placeholders:  # one like [V] is no bracket
+            prompt = re.sub(any_of(placeholders), lambda word: escape(word[0]), prompt)
         pieces = split_weights(prompt)
         return [(i, w) for text, w in pieces for i in self.tokenizer.words(text, placeholders)]
 
@@ -124,8 +125,9 @@ class LatentDiffusion:
 
         Each token's output is multiplied by its weight, then the whole prompt by what brings its
         mean back to what it was: the rule of AUTOMATIC1111's web UI, which knows CLIP only. The
-        second half is left out for LDM, whose BERT ends in a norm: its mean is 0 but for noise.
-        Raises ValueError for a weight that is no number.
+        second half is left out for LDM's BERT: the bundled one's mean is 0 to a thousandth of its
+        deviation, and bringing that back multiplied whole prompts by -18. Raises ValueError for a
+        weight that is no number.
         """
         words = [self.weighted_words(prompt, concepts) for prompt in prompts]
         context = self.encode_words([[i for i, _ in own] for own in words], concepts)

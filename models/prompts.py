@@ -7,6 +7,7 @@ takes over the prompt can be turned down by "prompt re-weighting").
 What the weights do to the text encoder's output: `LatentDiffusion.encode_prompts`.
 """
 
+import math
 import re
 from itertools import groupby
 
@@ -24,7 +25,7 @@ def split_weights(prompt: str) -> list[tuple[str, float]]:
     """The prompt as pieces of one weight each, brackets and escapes resolved.
 
     A bracket that is never closed holds to the end; one that was never opened is plain text. Raises
-    ValueError for a weight that is no number.
+    ValueError for a weight that is no number, or too large for one.
     """
     pieces: list[tuple[str, float]] = []
     opened: dict[str, list[int]] = {"(": [], "[": []}  # where in `pieces` each one begins
@@ -47,6 +48,8 @@ def split_weights(prompt: str) -> list[tuple[str, float]]:
     for bracket, factor in (("(", STEP), ("[", 1 / STEP)):
         while opened[bracket]:
             close(bracket, factor)
+    if not all(math.isfinite(weight) for _, weight in pieces):
+        raise ValueError(f"{prompt[:80]!r}: a weight is too large; the useful ones are 0.5 to 1.5")
     runs = groupby(pieces, key=lambda piece: piece[1])
     return [("".join(text for text, _ in run), weight) for weight, run in runs]
 
@@ -55,7 +58,9 @@ def number(text: str, prompt: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise ValueError(f"{prompt!r}: {text.strip()!r} is no weight; write (word:1.2)") from None
+        raise ValueError(
+            f"{prompt[:80]!r}: {text.strip()!r} is no weight; write (word:1.2)"
+        ) from None
 
 
 def escape(text: str) -> str:

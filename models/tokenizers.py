@@ -10,7 +10,7 @@ import gzip
 import html
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
 
@@ -24,6 +24,11 @@ def whole(word: str) -> str:
     before = r"(?<!\w)" if re.match(r"\w", word) else ""
     after = r"(?!\w)" if re.search(r"\w$", word) else ""
     return before + re.escape(word) + after
+
+
+def any_of(words: Iterable[str]) -> str:
+    """A pattern with one group for any of the words, the longest that fits."""
+    return "(" + "|".join(map(whole, sorted(words, key=len, reverse=True))) + ")"
 
 
 class Tokenizer:
@@ -45,10 +50,8 @@ class Tokenizer:
         """All ids of the text, placeholders expanded, without start and end, not truncated."""
         if not placeholders:
             return self.tokenize(text)
-        longest_first = sorted(placeholders, key=len, reverse=True)
-        pieces = re.split("(" + "|".join(map(whole, longest_first)) + ")", text)
         ids: list[int] = []
-        for piece in pieces:
+        for piece in re.split(any_of(placeholders), text):
             ids += placeholders[piece] if piece in placeholders else self.tokenize(piece)
         return ids
 

@@ -370,6 +370,17 @@ def test_edit_repaints_inside_the_mask(tmp_path, capsys):
     assert "is no weight" in mistake(capsys, "edit", picture, "a (cat:1.2.3)", *arguments[3:])
 
 
+def test_a_faulty_weight_is_said_before_anything_is_drawn(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command_line, "load_for", None)
+    draw = ["sample", "a cat", "a (dog:1.2.3)", "--singles", tmp_path / "all"]
+    assert "is no weight" in mistake(capsys, *draw, "--out", tmp_path / "a.png")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("style: a sketch of {}\nstyle: a (photo:1.2.3) of {}\n")
+    measure = ["evaluate", "--references", "--images", MUSHROOM, "--prompts", prompts]
+    assert "is no weight" in mistake(capsys, *measure, "--out", tmp_path / "a.csv")
+    assert [*tmp_path.iterdir()] == [prompts]
+
+
 def word_png(folder: Path) -> Path:
     path = folder / "large.png"
     Image.new("RGB", (80, 80)).save(path)
@@ -397,5 +408,8 @@ def test_keep_writes_the_pictures_that_clip_ranks_first(tmp_path, capsys, monkey
     ]
     seeds = [json.loads(Image.open(f).text["settings"])["seed"] for f in files]
     assert seeds == order[:2]
-    assert Image.open(tmp_path / "a.png").width == 2 * 64 + 2
+    whole = Image.open(tmp_path / "a.png")
+    assert whole.width == 2 * 64 + 2
+    assert json.loads(whole.text["settings"])["seeds"] == seeds
+    assert "add that" in mistake(capsys, *draw, "--clip", "x.pt", "--out", "b.png")
     assert "--keep 9 of -n 4" in mistake(capsys, *draw, "--keep", "9", "--out", "b.png")

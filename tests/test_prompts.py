@@ -147,6 +147,33 @@ def test_escaped_text_comes_back():
     assert without_weights("a (b:2) [c]") == "a b c"
 
 
+def test_placeholders_are_cut_out_whole_and_the_longest_first():
+    model = textinv.load_model()
+    width = model.text_encoder.token_table.shape[1]
+    first = model.tokenizer.vocab_size
+    for names in (("[V]", "[[V]]"), ("[[V]]", "[V]")):
+        words = [textinv.Concept(name, torch.ones(1, width)) for name in names]
+        expected = first + names.index("[[V]]")
+        assert model.weighted_words("[[V]]", words) == [(expected, 1.0)]
+
+
+def test_clip_is_asked_for_the_coarse_word():
+    art = textinv.Concept("art", torch.ones(1, 8), {"init_word": "toy (old)"})
+    bracket = textinv.Concept("[V]", torch.ones(1, 8), {"init_word": "cat"})
+    text = textinv.plain_text("a (party:1.2) of [V] and art", [art, bracket])
+    assert text == "a party of cat and toy (old)"
+
+
+@pytest.mark.parametrize("prompt", ["(a:" + "9" * 400 + ")", "(" * 9000 + "a"])
+def test_weights_without_bound_are_said(prompt):
+    with pytest.raises(ValueError, match="a weight is too large"):
+        split_weights(prompt)
+
+
+def test_no_prompts_are_no_pictures():
+    assert textinv.sample(textinv.load_model(), []) == []
+
+
 def test_a_weight_that_is_no_number_is_said():
     with pytest.raises(ValueError, match="'1.2.3' is no weight"):
         split_weights("a (cat:1.2.3)")
