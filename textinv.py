@@ -417,9 +417,9 @@ def train(
     resume: the `tensors` of a State; steps are counted from the very beginning. The same seed
     gives the same word, to the last bit, resumed or not, on the same machine and precision.
 
-    Under torchrun each process takes its share of every batch (models/parallel.py). Nothing but
-    the vectors gets a gradient. Raises ValueError for pictures, words and numbers
-    that cannot be used, and NotFinite where a step gives NaN or infinity.
+    Under torchrun each process takes its share of every batch (models/parallel.py). Nothing but the
+    vectors gets a gradient. Raises ValueError for pictures, words and numbers that cannot be used,
+    and NotFinite where a step gives NaN or infinity.
     """
     steps, batch_size, lr = hyperparameters(model, steps, batch_size, lr)
     check_range(1, vectors=vectors)

@@ -5,11 +5,11 @@ published: the autoencoder encodes in every step, the text encoder's whole table
 and all rows but the word's are put back afterwards.
 """
 
-import time
 from statistics import median
 
 import torch
 import torch.nn.functional as F
+from benchmark import timed
 from experiment import pictures
 
 import textinv
@@ -100,17 +100,9 @@ def their_sample(model, unet, vae, text, steps: int):
     return lambda: pipe(**given)
 
 
-def clock(work, device: torch.device) -> float:
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
 def in_turns(ours, theirs, rounds: int, device: torch.device) -> tuple[float, float, list[float]]:
     """Median seconds of both, and the ratios ours/theirs round by round, after one for warming."""
-    pairs = [(clock(ours, device), clock(theirs, device)) for _ in range(rounds + 1)][1:]
+    pairs = [(timed(ours, device), timed(theirs, device)) for _ in range(rounds + 1)][1:]
     a, b = zip(*pairs)
     return median(a), median(b), sorted(x / y for x, y in pairs)
 
