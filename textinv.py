@@ -9,6 +9,8 @@ own in the space of the token embeddings, and v* alone is trained, with the mode
 
     v* = argmin_v  E_{z ~ E(x), y, eps ~ N(0, 1), t}  || eps - eps_theta(z_t, t, c_theta(y, v)) ||^2
 
+(`diffusion_loss`: the mean over batch and elements; where a model predicts v, v for eps.)
+
 This file reads from top to bottom as the method: templates (y), pictures (x), the word (v),
 training, sampling, measuring. What v* is looked up in: models/latent_diffusion.py, `embed`. The
 command line is models/command_line.py.
@@ -117,7 +119,7 @@ TEMPLATES = {"object": OBJECT_TEMPLATES, "style": STYLE_TEMPLATES}
 
 # Steps, batch size and base learning rate. The paper's (appendix F) are for LDM and serve Stable
 # Diffusion too; the bundled model is small and quick. The rate is multiplied by the batch size,
-# as the paper does: 0.005 x 2 GPUs x 4 pictures = 0.04.
+# as the paper does: 0.005 x 2 GPUs x 4 pictures = 0.04; with one GPU's 4 it is 0.02.
 TRAINING = {"emoji": dict(steps=600, batch_size=8, lr=0.0025)}
 PAPER = dict(steps=5000, batch_size=4, lr=0.005)
 # The paper's High and Low (section 5.2) are 2e-2 and 1e-4 beside a base of 5e-3.
@@ -283,7 +285,7 @@ def check_placeholder(model: LatentDiffusion, placeholder: str) -> None:
 def known_ids(model: LatentDiffusion, text: str) -> list[int]:
     """The text's tokens but for those that stand for "unknown"."""
     unknown = getattr(model.tokenizer, "unknown_id", None)  # CLIP's tokenizer knows every byte
-    return [i for i in model.tokenizer.words(text) if i != unknown]
+    return [i for i in model.tokenizer.token_ids(text) if i != unknown]
 
 
 def initial_vectors(model: LatentDiffusion, init_word: str, count: int) -> Tensor:
@@ -309,7 +311,8 @@ def initial_vectors(model: LatentDiffusion, init_word: str, count: int) -> Tenso
 
 @dataclass
 class State:
-    """Where training stands after a step.
+    """Where training stands after a step. Its vectors are the ones in training: clone what is to
+    outlast the next step.
 
     `loss` is that of eq. 2 on the step's batch. `concept` has the vectors in use so far (all of
     them unless progressive), `image_words` are empty unless asked for.
@@ -352,8 +355,9 @@ class NotFinite(ValueError):
 def draw_batch(
     model: LatentDiffusion, mean: Tensor, std: Tensor, count: int, generator: torch.Generator
 ) -> tuple[list[int], Tensor, Tensor, Tensor]:
-    """What the expectation of eq. 2 runs over: the numbers of `count` pictures of those whose
-    latents' moments are given (N, C, h, w), their z ~ E(x) (B, C, h, w), t (B,) and eps."""
+    """What the expectation of eq. 2 runs over, for a batch of `count` = B: numbers of pictures, as
+    they stand in the latents' moments (N, C, h, w); their latents z ~ E(x) (B, C, h, w); timesteps
+    (B,), all alike likely; and eps, noise like z."""
     rows = torch.randint(len(mean), (count,), generator=generator)
     z = mean[rows] + std[rows] * normal(mean[rows], generator)
     t = torch.randint(model.schedule.length, (count,), generator=generator)
@@ -363,19 +367,20 @@ def draw_batch(
 def diffusion_loss(
     model: LatentDiffusion, latents: Tensor, context: Tensor, t: Tensor, noise: Tensor
 ) -> Tensor:
-    """Eq. 1 of the paper for given t and noise, a scalar: how well the model takes the noise out
-    of latents (B, C, h, w), noised to timesteps t (B,), when told the context (B, L, D).
-
-    Raises NotFinite, which names the part of the model that gave the first NaN or infinity.
-    """
+    """Eq. 1 of the paper for given t and noise, a scalar: the mean squared error of the model's
+    prediction (eps, or v where model.schedule says so) for latents (B, C, h, w), noised to
+    timesteps t (B,), when told the context (B, L, D)."""
     x_t = model.schedule.q_sample(latents, t, noise)
     prediction = model.unet(x_t, t, context).float()
-    loss = F.mse_loss(prediction, model.schedule.target(latents, t, noise))
-    if not loss.isfinite():
-        parts = {"autoencoder": latents, "text encoder": context, "UNet": prediction}
+    return F.mse_loss(prediction, model.schedule.target(latents, t, noise))
+
+
+def check_finite(gradients: Sequence[Tensor], **parts: Tensor) -> None:
+    """Raises NotFinite with the name of the part that gave the first NaN or infinity, if the
+    gradients hold one: whatever goes wrong on the way ends there."""
+    if not all(gradient.isfinite().all() for gradient in gradients):
         broken = (name for name, tensor in parts.items() if not tensor.isfinite().all())
-        raise NotFinite(next(broken, "loss"))
-    return loss
+        raise NotFinite(next(broken, "gradient").replace("_", " "))
 
 
 def train(
@@ -400,19 +405,21 @@ def train(
     """Textual inversion (section 3, eq. 2): an iterator with a `State` after each step.
 
     images: a folder, paths or PIL images, 3-5 of one thing. init_word: a coarse description whose
-    embedding the word starts from. vectors: how many vectors the word has. steps, batch_size and
-    lr default to the paper's (5000, 4, 0.005) or to what suits the bundled model; the optimizer's
-    rate is lr * batch_size (appendix F), and lr may be "base", "high" or "low". templates: prompts
-    with {} for the word, one drawn anew for each picture of each step; or such a list for each
-    picture. flip: mirror half of the pictures; switch it off for things with writing on them.
-    weight_decay: the paper's code leaves AdamW's default of 0.01 on, which pulls v* towards 0;
-    here it is off unless asked for.
+    embedding the word starts from. placeholder: what the word is called in prompts, any string
+    without spaces. vectors: how many it has. steps, batch_size and lr default to the paper's (5000,
+    4, 0.005) or to what suits the bundled model; the optimizer's rate is lr * batch_size (appendix
+    F), and lr may be "base", "high" or "low". templates: prompts with {} for the word, one drawn
+    anew for each picture of each step; or such a list for each picture. flip: mirror half of the
+    pictures; switch it off for things with writing on them. weight_decay: the paper's code leaves
+    AdamW's default of 0.01 on, which pulls v* towards 0; here it is off unless asked for.
+    gradient_checkpointing: less memory, more time.
 
     The setups of section 5.2: regularize: weight of the squared distance of each vector from where
     it started (the paper's code mixes the vectors: it multiplies every difference with every
     other). progressive, with three vectors: the second joins after 2/5 of the steps, the third
-    after 4/5 (the paper: 2000 and 4000 of 5000). per_image: also learn a word for each picture, to
-    hold what only that picture shows; the prompts end "with" it.
+    after 4/5 (the paper: 2000 and 4000 of 5000); weight decay works on them all along. per_image:
+    also learn a word for each picture, to hold what only that picture shows; the prompts end "with"
+    it.
 
     resume: the `tensors` of a State; steps are counted from the very beginning. The same seed
     gives the same word, to the last bit, resumed or not, on the same machine and precision.
@@ -469,8 +476,8 @@ def train(
                 (loss + regularize * drift).backward()
                 loss = loss.detach()
                 add_up([loss, *(p.grad for p in parameters)])
-                if not all(p.grad.isfinite().all() for p in parameters):
-                    raise NotFinite("gradient")
+                parts = dict(autoencoder=latents, text_encoder=context, UNet=loss)
+                check_finite([p.grad for p in parameters], **parts)
                 optimizer.step()
                 word.metadata["steps"] = str(step)
                 yield State(step, loss, words[0], image_words, parameters, optimizer)
@@ -521,7 +528,9 @@ def check_prompts(model: LatentDiffusion, prompts: Sequence[str], words: Sequenc
     """Every training prompt must show the word to the text encoder, or there is nothing to learn:
     in "my-cats" there is no my-cat, and the end of a long prompt is cut off."""
     placeholders, word = model.placeholders(words), words[0].placeholder
-    warn_of_cuts(model, {text: len(model.tokenizer.words(text, placeholders)) for text in prompts})
+    warn_of_cuts(
+        model, {text: len(model.tokenizer.token_ids(text, placeholders)) for text in prompts}
+    )
     for prompt in dict.fromkeys(prompts):
         if placeholders[word][0] not in model.tokenizer.encode(prompt, placeholders):
             raise ValueError(
@@ -614,7 +623,7 @@ def conditions(
     whose brackets are weights, that of the empty prompt, and the scale, or the model's default."""
     scale = guidance_of(model, guidance_scale)
     check_concepts(model, concepts)
-    warn_of_cuts(model, {text: len(model.weighted_words(text, concepts)) for text in prompts})
+    warn_of_cuts(model, {text: len(model.weighted_ids(text, concepts)) for text in prompts})
     context, uncond = model.encode_prompts(prompts, concepts), model.encode_text([""])
     return dict(context=context, uncond=uncond, guidance_scale=scale)
 
@@ -724,9 +733,9 @@ def edit(
     pixels = to_tensor(image.resize(size, Image.Resampling.BICUBIC)).to(model.device)
     inside = (to_tensor(mask.resize(size)).to(model.device) + 1) / 2
     z_0 = model.encode_images(pixels)
-    alpha = latent_mask((to_tensor(mask) + 1) / 2, z_0.shape[-2:]).to(z_0)
+    repaint = latent_mask((to_tensor(mask) + 1) / 2, z_0.shape[-2:]).to(z_0)
     pairs = model.schedule.ddim_pairs(steps)[-max(1, round(strength * steps)) :]
-    masks = shrinking_masks(alpha, len(pairs), 2 ** (len(model.unet.config.widths) - 1))
+    masks = shrinking_masks(repaint, len(pairs), 2 ** (len(model.unet.config.widths) - 1))
 
     versions = []
     for s in range(seed, seed + n):
@@ -736,7 +745,7 @@ def edit(
             prediction = model.guided(x, torch.full((1,), t, device=x.device), **given)
             x = model.schedule.ddim_step(x, t, t_prev, prediction)
             x = blend * x + (1 - blend) * model.schedule.q_sample(z_0, t_prev, noise)
-        x = alpha * x + (1 - alpha) * z_0
+        x = repaint * x + (1 - repaint) * z_0
         fitted = reconstruct(model, x, pixels, inside, reconstruct_steps)
         drawn = finished(fitted)[0].resize(image.size, Image.Resampling.BICUBIC)
         versions.append(Image.composite(drawn, image, mask))
@@ -794,7 +803,8 @@ def evaluate(
 
     images: the pictures that the word was learnt from. texts: what stands for {} in the prompts:
     [a placeholder] of `concepts`, human captions (n samples shared out among them), [""] for
-    "prompt only", or None for "image only", where the pictures themselves are what is scored.
+    "prompt only", or None for "image only", where the pictures themselves are what is scored
+    (against themselves too, so that each counts once as its own like).
     prompts: {kind: prompts}, by default models/evaluation_prompts.txt. A row is {"kind", "prompt",
     "score"}; the kind of the first, "A photo of {}", is "reconstruction". Raises ValueError as
     `sample` does.
@@ -808,7 +818,7 @@ def evaluate(
         drawn = []
         for i, text in enumerate(texts):
             share = len(range(i, n, len(texts)))
-            filled = without_placeholder(prompt.replace("{}", escape(text)), "")
+            filled = " ".join(prompt.replace("{}", escape(text)).split())
             options = dict(steps=steps, guidance_scale=guidance_scale, seed=seed + i)
             drawn += sample(model, filled, concepts, n=share, **options) if share else []
         return scorer.images(drawn)

@@ -6,7 +6,7 @@
 sd1 and ldm are the full-size networks with random weights: speed does not depend on their values.
 Each row is a process of its own, so that peaks of memory are its own. TFLOP are counted, not timed
 (torch's FLOP counter, the forward and backward of one step); the share is of what a large matrix
-product reaches on this device in this precision. diffusers: see benchmark_diffusers.py.
+product reaches on this device in this precision. diffusers (sd1 only): see benchmark_diffusers.py.
 """
 
 import argparse
@@ -85,7 +85,7 @@ def measure(args: argparse.Namespace) -> dict:
     row |= dict(first_step_s=first, step_s=seconds, step_memory=peak_memory(device))
     row |= dict(tflop=flops / 1e12, tflop_per_s=flops / seconds / 1e12)
     row |= dict(share=flops / seconds / 1e12 / matmul_rate(device, dtype))
-    if args.against == "diffusers":
+    if args.against == "diffusers" and name == "sd1":
         from benchmark_diffusers import compare
 
         row |= compare(model, args)

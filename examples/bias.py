@@ -46,9 +46,11 @@ def main(argv=None) -> None:
         print(f"a photo of a {text}: {counts} of {len(drawn)}")
         rows[f"a photo of a {text}: {counts}"] = drawn[:SHOWN]
         rows[f"{text}: more"] = drawn[SHOWN : 2 * SHOWN]
-    real = [shares(lab, {k: v[:3] for k, v in variants.items()}, p[3:]) for p in variants.values()]
-    print(f"the same measure on the pictures themselves, by the other half: {real}")
     lab.save("bias.png", sheet(rows))
+    if all(len(pictures) > 3 for pictures in variants.values()):
+        half = {name: pictures[:3] for name, pictures in variants.items()}
+        real = [shares(lab, half, pictures[3:]) for pictures in variants.values()]
+        print(f"the same measure, by half of the pictures, on the others: {real}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import math
 import mmap
 import pickle
 import re
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
@@ -30,7 +31,7 @@ from . import tokenizers
 from .autoencoder import Autoencoder, AutoencoderConfig
 from .bert import BertConfig, BertTextEncoder
 from .clip import CLIP, CLIPConfig, CLIPTextEncoder, TextConfig, VisionConfig
-from .latent_diffusion import LatentDiffusion
+from .latent_diffusion import SCALE_FACTOR, LatentDiffusion
 from .schedule import Schedule
 from .unet import UNet, UNetConfig
 
@@ -742,6 +743,12 @@ def from_diffusers(path: Path, family: str | None) -> Parts:
     heads = config.get("num_attention_heads") or config.get("attention_head_dim")
     by_width = isinstance(heads, list)
     kind = scheduler.get("prediction_type")
+    usual = dict(beta_schedule="scaled_linear", num_train_timesteps=1000)
+    usual |= dict(scaling_factor=SCALE_FACTOR)
+    for key, value in usual.items():
+        told = (scheduler | autoencoder_settings).get(key, value)
+        if told != value:
+            warnings.warn(f"{path}: {key} {told} is not supported, {value} is taken instead")
     merges = path / "tokenizer" / "merges.txt"
     return Parts(
         path,

@@ -69,13 +69,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> Parser:
-    """A verb's options are in `add_VERB`; what several verbs have stands here."""
+    """A verb's own options are in `add_VERB`; what several verbs have stands here. In brackets: the
+    default."""
     parser = Parser(prog="textinv.py", description=textinv.__doc__.splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
     new = partial(argparse.ArgumentParser, add_help=False)
 
     loading = new()
-    loading.add_argument("--model", metavar="PATH", help="checkpoint; without it the bundled model")
+    loading.add_argument("--model", metavar="PATH", help="checkpoint (the bundled model)")
     loading.add_argument("--family", choices=FAMILIES, help="if the file's keys do not tell")
     loading.add_argument("--prediction", choices=("eps", "v"), help="if the file does not tell")
     loading.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
@@ -90,9 +91,11 @@ def build_parser() -> Parser:
     words.add_argument("--rename", action="append", default=[], metavar="OLD=NEW", help=rename)
     drawing = new(parents=[loading, seed, writing])
     drawing.add_argument("--steps", type=int, default=50, help="DDIM steps (default 50)")
-    drawing.add_argument("--guidance", type=float, metavar="SCALE", help="1 is none; 7.5")
+    drawing.add_argument(
+        "--guidance", type=float, metavar="SCALE", help="1 is none (7.5; bundled 3)"
+    )
     clip = new()
-    clip.add_argument("--clip", metavar="PATH", help="OpenAI's ViT-B-32.pt; the bundled small CLIP")
+    clip.add_argument("--clip", metavar="PATH", help="OpenAI's ViT-B-32.pt (the bundled CLIP)")
 
     learning = [loading, seed, writing]
     add_invert(verbs.add_parser("invert", parents=learning, help="learn a word from pictures"))
@@ -111,7 +114,7 @@ def build_parser() -> Parser:
 def add_invert(p: argparse.ArgumentParser) -> None:
     p.add_argument("images", help="folder with 3-5 pictures of one thing")
     p.add_argument("--init-word", metavar="WORDS", help="coarse description to start from: cat")
-    p.add_argument("--placeholder", metavar="WORD", help="what to call it; <NAME OF --out>")
+    p.add_argument("--placeholder", metavar="WORD", help="what to call it (<NAME OF --out>)")
     p.add_argument("--out", metavar="FILE", help="NAME OF FOLDER.safetensors by default")
     p.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
     p.add_argument("--vectors", type=int, help="vectors per word (1; 3 if progressive)")
@@ -146,8 +149,8 @@ def add_sample(p: argparse.ArgumentParser) -> None:
 def add_edit(p: argparse.ArgumentParser) -> None:
     p.add_argument("image", metavar="IMAGE")
     p.add_argument("prompt", metavar="PROMPT", help="what is to be there")
-    p.add_argument("--mask", metavar="FILE", help="white where the picture may change; all of it")
-    p.add_argument("--strength", type=float, help="1 (the default with a mask) keeps nothing; 0.6")
+    p.add_argument("--mask", metavar="FILE", help="white where the picture may change (all of it)")
+    p.add_argument("--strength", type=float, help="1 keeps nothing (1 with a mask, else 0.6)")
     p.add_argument("-n", type=int, default=1, help="versions (default 1)")
     fit = "to fit the decoder to what the mask keeps (100); 0 for none: quicker, perhaps a seam"
     p.add_argument("--reconstruct-steps", type=int, default=100, metavar="STEPS", help=fit)
@@ -160,7 +163,7 @@ def add_evaluate(p: argparse.ArgumentParser) -> None:
     p.add_argument("--images", required=True, metavar="DIR", help="what they were learnt from")
     p.add_argument("--references", action="store_true", help="image only, prompt only")
     p.add_argument("--captions", metavar="FILE", help="human captions; of FOLDER, its NAME.txt")
-    p.add_argument("--prompts", metavar="FILE", help="'kind: prompt with {}' lines; the paper's")
+    p.add_argument("--prompts", metavar="FILE", help="'kind: prompt with {}' lines (the paper's)")
     p.add_argument("-n", type=int, default=64, help="samples per prompt (default 64)")
     p.add_argument("--out", default="scores.csv", metavar="FILE", help="the table (scores.csv)")
     p.add_argument("--chart", metavar="FILE", help="figure 7 of it (needs matplotlib)")
@@ -272,7 +275,7 @@ def run_invert(args: argparse.Namespace) -> int:
             f"painting), from which the new word starts; nearest here: {near_words(paths)}"
         )
     model = load_for(args)
-    ids = model.tokenizer.words(args.init_word)
+    ids = model.tokenizer.token_ids(args.init_word)
     print(f"init word {args.init_word!r}: {len(ids)} token(s), ids {ids}")
     pixels = prepare_images(paths, model.size)
     steps, batch_size, lr = hyperparameters(model, args.steps, args.batch_size, args.lr)
@@ -599,7 +602,7 @@ def run_show(args: argparse.Namespace) -> None:
         model = load_for(args)
         concepts = load_words(args.concept, args.rename)
         check_concepts(model, concepts)
-        tokenizer, words = model.tokenizer, model.weighted_words(args.what, concepts)
+        tokenizer, words = model.tokenizer, model.weighted_ids(args.what, concepts)
         warn_of_cuts(model, {args.what: len(words)})
         ids = tokenizer.frame([i for i, _ in words])
         for i, weight in zip(ids, [1.0, *(w for _, w in words)][: len(ids) - 1] + [1.0]):

@@ -22,7 +22,9 @@ from .schedule import Schedule
 from .tokenizers import Placeholders, Tokenizer, any_of
 from .unet import UNet
 
-SCALE_FACTOR = 0.18215  # LDM and Stable Diffusion: makes the latents' variance about 1
+# LDM and Stable Diffusion: makes the latents' variance about 1, which is what the noise schedule
+# takes for granted: at its end only noise of variance 1 shall be left.
+SCALE_FACTOR = 0.18215
 
 
 class Word(Protocol):
@@ -58,14 +60,14 @@ class LatentDiffusion:
         return self.unet.out[2].weight.dtype
 
     @property
-    def parameters(self) -> int:
+    def parameter_count(self) -> int:
         modules = (self.unet, self.autoencoder, self.text_encoder)
         return sum(p.numel() for m in modules for p in m.parameters())
 
     def __str__(self) -> str:
         precision = str(self.dtype).removeprefix("torch.")
         return (
-            f"{self.name}: {self.family}, {self.parameters / 1e6:,.0f}M parameters, "
+            f"{self.name}: {self.family}, {self.parameter_count / 1e6:,.0f}M parameters, "
             f"{self.schedule.prediction}-prediction, {precision} on {self.device}"
         )
 
@@ -101,24 +103,26 @@ class LatentDiffusion:
         cut off. Brackets are plain text: `encode_prompts` reads them as weights.
         """
         placeholders = self.placeholders(concepts)
-        return self.encode_words([self.tokenizer.words(p, placeholders) for p in prompts], concepts)
+        return self.encode_ids(
+            [self.tokenizer.token_ids(p, placeholders) for p in prompts], concepts
+        )
 
-    def encode_words(self, words: list[list[int]], concepts: Sequence[Word]) -> Tensor:
+    def encode_ids(self, rows: list[list[int]], concepts: Sequence[Word]) -> Tensor:
         """`encode_text` of ids, as many as there are, without start and end."""
-        tokens = [self.tokenizer.pad(self.tokenizer.frame(ids)) for ids in words]
+        tokens = [self.tokenizer.pad(self.tokenizer.frame(ids)) for ids in rows]
         ids = torch.tensor(tokens, device=self.device)
         vectors = None
         if concepts:
             vectors = torch.cat([c.vectors.to(self.device, torch.float32) for c in concepts])
         return self.text_encoder(self.embed(ids, vectors))
 
-    def weighted_words(self, prompt: str, concepts: Sequence[Word]) -> list[tuple[int, float]]:
+    def weighted_ids(self, prompt: str, concepts: Sequence[Word]) -> list[tuple[int, float]]:
         """The ids of a prompt, without start and end, each with its weight (models/prompts.py)."""
         placeholders = self.placeholders(concepts)
         if placeholders:  # one like [V] is no bracket
             prompt = re.sub(any_of(placeholders), lambda word: escape(word[0]), prompt)
         pieces = split_weights(prompt)
-        return [(i, w) for text, w in pieces for i in self.tokenizer.words(text, placeholders)]
+        return [(i, w) for text, w in pieces for i in self.tokenizer.token_ids(text, placeholders)]
 
     def encode_prompts(self, prompts: Sequence[str], concepts: Sequence[Word] = ()) -> Tensor:
         """Context (B, L, D) as `encode_text` makes it, where brackets weigh what is in them.
@@ -129,10 +133,10 @@ class LatentDiffusion:
         deviation, and bringing that back multiplied whole prompts by -18. Raises ValueError for a
         weight that is no number.
         """
-        words = [self.weighted_words(prompt, concepts) for prompt in prompts]
-        context = self.encode_words([[i for i, _ in own] for own in words], concepts)
+        rows = [self.weighted_ids(prompt, concepts) for prompt in prompts]
+        context = self.encode_ids([[i for i, _ in own] for own in rows], concepts)
         weights = torch.ones(context.shape[:2])
-        for row, own in zip(weights, words):
+        for row, own in zip(weights, rows):
             own = own[: len(row) - 2]
             row[1 : 1 + len(own)] = torch.tensor([weight for _, weight in own])
         scaled = context * weights[..., None].to(context.device)

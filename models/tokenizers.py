@@ -46,7 +46,7 @@ class Tokenizer:
         """Ids of a piece of text, without start and end."""
         raise NotImplementedError
 
-    def words(self, text: str, placeholders: Placeholders = {}) -> list[int]:
+    def token_ids(self, text: str, placeholders: Placeholders = {}) -> list[int]:
         """All ids of the text, placeholders expanded, without start and end, not truncated."""
         if not placeholders:
             return self.tokenize(text)
@@ -57,11 +57,11 @@ class Tokenizer:
 
     def encode(self, text: str, placeholders: Placeholders = {}) -> list[int]:
         """Ids with start and end, at most `max_length` of them, without padding."""
-        return self.frame(self.words(text, placeholders))
+        return self.frame(self.token_ids(text, placeholders))
 
-    def frame(self, words: list[int]) -> list[int]:
+    def frame(self, ids: list[int]) -> list[int]:
         """Start and end around as many of the ids as fit."""
-        return [self.start_id, *words[: self.max_length - 2], self.end_id]
+        return [self.start_id, *ids[: self.max_length - 2], self.end_id]
 
     def pad(self, ids: list[int]) -> list[int]:
         return ids + [self.pad_id] * (self.max_length - len(ids))

@@ -131,8 +131,8 @@ def load_ours(content):
 
 
 def test_the_papers_token_is_the_tokenizers():
-    (clip,) = CLIPTokenizer.load().words("*")
-    (bert,) = WordPieceTokenizer.load(BERT_VOCAB).words("*")
+    (clip,) = CLIPTokenizer.load().token_ids("*")
+    (bert,) = WordPieceTokenizer.load(BERT_VOCAB).token_ids("*")
     for width, token in ((768, clip), (1024, clip), (1280, bert)):
         content = load_ours(encode_embedding(Embedding("<w>", vectors(1, width)), "paper", ".pt"))
         stored = content["string_to_token"]["*"]

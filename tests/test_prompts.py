@@ -137,7 +137,7 @@ def test_placeholders_with_brackets_are_words():
     word = textinv.Concept("[V]", torch.ones(1, model.text_encoder.token_table.shape[1]))
     plain = model.encode_text(["a photo of [V]"], [word])
     assert torch.equal(model.encode_prompts(["a photo of [V]"], [word]), plain)
-    weighted = model.weighted_words("([V]:1.5)", [word])
+    weighted = model.weighted_ids("([V]:1.5)", [word])
     assert weighted == [(model.tokenizer.vocab_size, 1.5)]
 
 
@@ -154,7 +154,7 @@ def test_placeholders_are_cut_out_whole_and_the_longest_first():
     for names in (("[V]", "[[V]]"), ("[[V]]", "[V]")):
         words = [textinv.Concept(name, torch.ones(1, width)) for name in names]
         expected = first + names.index("[[V]]")
-        assert model.weighted_words("[[V]]", words) == [(expected, 1.0)]
+        assert model.weighted_ids("[[V]]", words) == [(expected, 1.0)]
 
 
 def test_clip_is_asked_for_the_coarse_word():

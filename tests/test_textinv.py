@@ -48,7 +48,7 @@ def test_init_words_vector_encodes_exactly_like_the_word(model):
 
 def test_phrases_fill_average_or_repeat(model):
     table = model.text_encoder.token_table
-    red, apple = (table[model.tokenizer.words(w)[0]] for w in ("red", "apple"))
+    red, apple = (table[model.tokenizer.token_ids(w)[0]] for w in ("red", "apple"))
     torch.testing.assert_close(
         textinv.initial_vectors(model, "red apple", 1), ((red + apple) / 2)[None]
     )

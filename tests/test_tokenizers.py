@@ -122,17 +122,17 @@ def test_placeholders(name):
     n = ours.vocab_size
     new = {"<cat>": (n, n + 1), "<cat>s": (n + 2,), "S*": (n + 3,), "Wort": (n + 4,)}
     photo, of = ours.tokenize("a photo of"), ours.tokenize("of")
-    assert ours.words("a photo of <cat>", new) == [*photo, n, n + 1]
-    assert ours.words("a photo of <cat>s", new) == [*photo, n + 2]  # the longest first
-    assert ours.words("of<cat><cat>of", new) == [*of, n, n + 1, n, n + 1, *of]
-    assert ours.words("S*,S*", new) == [n + 3, *ours.tokenize(","), n + 3]
-    assert ours.words("<CAT>", new) == ours.tokenize("<CAT>")  # case matters
-    assert ours.words("wort s*", new) == ours.tokenize("wort s*")
-    assert ours.words("of Wort, of", new) == [*of, n + 4, *ours.tokenize(", of")]
-    assert ours.words("ofWortof", new) == ours.tokenize("ofWortof")  # not inside another word
-    assert ours.words("Worts", new) == ours.tokenize("Worts")
-    assert ours.words("a photo of", new) == photo
-    assert ours.words("&lt;cat&gt;", new) == ours.tokenize("&lt;cat&gt;")
+    assert ours.token_ids("a photo of <cat>", new) == [*photo, n, n + 1]
+    assert ours.token_ids("a photo of <cat>s", new) == [*photo, n + 2]  # the longest first
+    assert ours.token_ids("of<cat><cat>of", new) == [*of, n, n + 1, n, n + 1, *of]
+    assert ours.token_ids("S*,S*", new) == [n + 3, *ours.tokenize(","), n + 3]
+    assert ours.token_ids("<CAT>", new) == ours.tokenize("<CAT>")  # case matters
+    assert ours.token_ids("wort s*", new) == ours.tokenize("wort s*")
+    assert ours.token_ids("of Wort, of", new) == [*of, n + 4, *ours.tokenize(", of")]
+    assert ours.token_ids("ofWortof", new) == ours.tokenize("ofWortof")  # not inside another word
+    assert ours.token_ids("Worts", new) == ours.tokenize("Worts")
+    assert ours.token_ids("a photo of", new) == photo
+    assert ours.token_ids("&lt;cat&gt;", new) == ours.tokenize("&lt;cat&gt;")
 
 
 @pytest.mark.parametrize("family, pad", [("sd1", None), ("sd2", 0)])
