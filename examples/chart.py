@@ -18,17 +18,19 @@ from models.evaluation import confidence
 def tradeoff(scores: Mapping[str, Sequence[tuple[str, float, float]]]) -> bytes:
     """A PNG with a point for each setup, {setup: [(word, reconstruction, editability), ...]}: the
     mean over its words, with 95% confidence intervals where it has several."""
-    figure = Figure(figsize=(7, 5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for setup, rows in scores.items():
+    for i, (setup, rows) in enumerate(scores.items()):
         points = ([row[2] for row in rows], [row[1] for row in rows])
         (x, dx), (y, dy) = (confidence(p) if len(p) > 1 else (p[0], 0.0) for p in points)
-        axes.errorbar(x, y, xerr=dx, yerr=dy, fmt="o", capsize=3, elinewidth=0.8)
-        axes.annotate(setup, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=9)
+        look = dict(color=f"C{i % 10}", marker="osDv^"[i // 3 % 5], markersize=6)
+        bars = dict(capsize=2, elinewidth=0.5, linestyle="none")
+        axes.errorbar(x, y, xerr=dx, yerr=dy, label=setup, **look, **bars)
     axes.set_xlabel("editability: CLIP cosine to the prompt")
     axes.set_ylabel("reconstruction: CLIP cosine to the pictures")
     axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=9)
     return png(figure)
 
 
