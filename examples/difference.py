@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import experiment  # noqa: F401  so that the repository is found
 import torch
 from safetensors.torch import save
 from torch import Tensor

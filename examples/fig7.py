@@ -22,6 +22,7 @@ SETUPS = {
     "3 vectors": dict(vectors=3),
     "progressive": dict(vectors=3, progressive=True),
     "regularized": dict(regularize=1e-3),
+    "regularized x10": dict(regularize=1e-2),
     "per image": dict(per_image=True),
     "bare template": dict(templates=["{}"]),
 }

@@ -8,6 +8,7 @@ multiplied in bf16. What to do with the result: difference.py.
 
 from collections.abc import Callable, Iterator
 
+import experiment  # noqa: F401  so that the repository is found
 import torch
 from torch import Tensor
 

@@ -3,7 +3,9 @@ model, in a few steps: what it promises to write is there, and what can be check
 
 import csv
 import importlib
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +40,19 @@ def test_the_script_draws_its_picture(name, out):
     run(name, out, *extra)
     picture = Image.open(out / f"{name}.png").convert("RGB")
     assert picture.width > 200 and np.asarray(picture).std() > 20
+
+
+def test_every_script_starts_by_itself(tmp_path):
+    """As a person calls it, from anywhere, without the package being installed."""
+    scripts = [p for p in (ROOT / "examples").glob("*.py") if "__main__" in p.read_text()]
+
+    def start(script: Path) -> str:
+        command = [sys.executable, str(script), "--help"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={})
+        return done.stderr if done.returncode else ""
+
+    with ThreadPoolExecutor(2) as pool:
+        assert not "".join(pool.map(start, scripts)) and len(scripts) > 15
 
 
 def test_words_of_files_work_in_galleries(out, tmp_path):
