@@ -8,6 +8,7 @@ Needs matplotlib: pip install -e ".[plots]".
 
 import io
 from collections.abc import Mapping, Sequence
+from statistics import mean
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -17,13 +18,13 @@ from models.evaluation import confidence
 
 def tradeoff(scores: Mapping[str, Sequence[tuple[str, float, float]]]) -> bytes:
     """A PNG with a point for each setup, {setup: [(word, reconstruction, editability), ...]}: the
-    mean over its words, with 95% confidence intervals where it has several."""
+    mean over its words, with 95% confidence intervals where it has more than two."""
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for i, (setup, rows) in enumerate(scores.items()):
         points = ([row[2] for row in rows], [row[1] for row in rows])
-        (x, dx), (y, dy) = (confidence(p) if len(p) > 1 else (p[0], 0.0) for p in points)
+        (x, dx), (y, dy) = (confidence(p) if len(p) > 2 else (mean(p), 0.0) for p in points)
         look = dict(color=f"C{i % 10}", marker="osDv^"[i // 3 % 5], markersize=6)
         bars = dict(capsize=2, elinewidth=0.5, linestyle="none")
         axes.errorbar(x, y, xerr=dx, yerr=dy, label=setup, **look, **bars)
@@ -46,9 +47,11 @@ def curves(rows: Sequence[Mapping], measures: Sequence[str]) -> bytes:
             for count in dict.fromkeys(row["pictures"] for row in rows):
                 own = [row for row in rows if (row["name"], row["pictures"]) == (name, count)]
                 points = [row["steps"] for row in own], [row[measure] for row in own]
-                panel.plot(*points, "o-", label=f"{count} pictures", markersize=3)
+                panel.plot(*points, "o-", label=f"pictures: {count}", markersize=3)
             panel.set_title(f"{name}: {measure}", fontsize=9)
             panel.set_xscale("log")
+            panel.set_xticks(points[0], map(str, points[0]), fontsize=8)
+            panel.minorticks_off()
             panel.grid(alpha=0.3)
     panels[0][0].legend(fontsize=7)
     return png(figure)
