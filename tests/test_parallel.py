@@ -1,6 +1,7 @@
 """Two real processes under torchrun, over gloo, beside one."""
 
 import csv
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,13 +18,14 @@ MUSHROOM = str(ROOT / "examples" / "concepts" / "mushroom")
 
 
 def run(folder: Path, processes: int, *arguments: str) -> subprocess.CompletedProcess:
-    """The command by itself, or by torchrun."""
+    """The command by itself, or by torchrun; one thread each, for two round otherwise than one."""
     folder.mkdir(exist_ok=True)
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [sys.executable, *(launch if processes > 1 else []), str(ROOT / "textinv.py")]
     return subprocess.run(
         [*command, *arguments, "--device", "cpu"],
         cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
