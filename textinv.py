@@ -735,7 +735,8 @@ def edit(
     z_0 = model.encode_images(pixels)
     repaint = latent_mask((to_tensor(mask) + 1) / 2, z_0.shape[-2:]).to(z_0)
     pairs = model.schedule.ddim_pairs(steps)[-max(1, round(strength * steps)) :]
-    masks = shrinking_masks(repaint, len(pairs), 2 ** (len(model.unet.config.widths) - 1))
+    cell = model.unit // model.autoencoder.config.factor
+    masks = shrinking_masks(repaint, len(pairs), cell)
 
     versions = []
     for s in range(seed, seed + n):

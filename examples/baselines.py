@@ -13,11 +13,11 @@ thing that it climbs, so judge by eye.
 import torch
 import torch.nn.functional as F
 from clip_guided import clip_guided
-from experiment import Lab, options, pictures
+from experiment import Lab, opened, options, pictures
 from sheet import sheet
 from torch import Tensor
 
-import textinv
+from models.evaluation import without_placeholder
 
 PROMPTS = ("a photo of a {}", "a photo of a {} on the beach", "a sketch of a {}")
 OTHERS = "cat dog car house tree apple shoe clock book guitar bird flower cup hat toy".split()
@@ -60,8 +60,7 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     lab = Lab.of(args)
     lab.scorer.clip.requires_grad_(False)
-    shown = textinv.find_images(args.images or pictures(args.concept))
-    images = [textinv.open_image(path) for path in shown]
+    images = opened(args.images or pictures(args.concept))
     features, word = lab.scorer.images(images), lab.word(args.concept)
     palavra = contrastive_word(lab, features, args.word_steps)
     rows, guide = {"learnt from": images, "ours": []}, (args.n, args.steps, args.scale)
@@ -70,7 +69,7 @@ def main(argv=None) -> None:
         rows["ours"] += lab.draw(prompt.replace("{}", word.placeholder), [word])
         with_word = text_features(lab, [prompt.replace("{}", "*")], palavra)
         rows["PALAVRA, CLIP-guided"] += clip_guided(lab, with_word, *guide)
-        text = lab.scorer.texts([" ".join(prompt.replace("{}", "").split())])
+        text = lab.scorer.texts([without_placeholder(prompt, "{}")])
         both = torch.cat([text.expand(len(features), -1), features])
         rows["text and pictures, CLIP-guided"] += clip_guided(lab, both, *guide)
     lab.save("baselines.png", sheet(rows, [p for p in PROMPTS for _ in range(args.n)]))

@@ -37,13 +37,10 @@ def full_size(family: str, device: torch.device, dtype: torch.dtype) -> textinv.
     """Stable Diffusion 1.5, or LDM-1.45B, with random weights."""
     with torch.device(device):
         torch.set_default_dtype(dtype)
-        if family == "sd1":
-            unet, autoencoder = UNet(UNetConfig()), Autoencoder(AutoencoderConfig())
-        else:
-            unet = UNet(UNetConfig((320, 640, 1280, 1280), context_dim=1280))
-            autoencoder = Autoencoder(AutoencoderConfig((128, 256, 512, 512)))
-        torch.set_default_dtype(torch.float32)
         sd1 = family == "sd1"
+        unet = UNet(UNetConfig(context_dim=768 if sd1 else 1280))
+        autoencoder = Autoencoder(AutoencoderConfig())
+        torch.set_default_dtype(torch.float32)
         encoder = CLIPTextEncoder(TextConfig()) if sd1 else BertTextEncoder(BertConfig())
     tokenizer = CLIPTokenizer.load() if sd1 else WordPieceTokenizer.load(BERT_VOCAB)
     parts = (unet, autoencoder, encoder, tokenizer, Schedule(*BETAS))
@@ -73,7 +70,7 @@ def measure(args: argparse.Namespace) -> dict:
     bundled = name == "emoji"
     model = textinv.load_model(None, device, dtype) if bundled else full_size(name, device, dtype)
     options = dict(batch_size=args.batch_size, gradient_checkpointing=args.gradient_checkpointing)
-    options |= dict(steps=args.steps + 2, templates=["a photo of a {}"])
+    options |= dict(steps=2 * args.steps + 3, templates=["a photo of a {}"])
     states = textinv.train(model, pictures("teddy"), "toy", **options)
     next(states)
     first = time.perf_counter() - start
@@ -88,7 +85,7 @@ def measure(args: argparse.Namespace) -> dict:
     if args.against == "diffusers" and name == "sd1":
         from benchmark_diffusers import compare
 
-        row |= compare(model, args)
+        row |= compare(model, states, args)
     draw = lambda: textinv.sample(model, "a photo of a toy", n=1, steps=args.ddim_steps)
     row |= dict(picture_s=timed(draw, device) * 50 / args.ddim_steps)
     return row

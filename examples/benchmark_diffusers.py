@@ -107,13 +107,10 @@ def in_turns(ours, theirs, rounds: int, device: torch.device) -> tuple[float, fl
     return median(a), median(b), sorted(x / y for x, y in pairs)
 
 
-def compare(model: textinv.LatentDiffusion, args) -> dict:
-    """Ours against theirs: a training step, and sampling."""
+def compare(model: textinv.LatentDiffusion, states, args) -> dict:
+    """Ours against theirs: a training step of the run that is under way, and sampling."""
     parts = components(model)
     theirs = their_step(model, *parts, args.batch_size, args.gradient_checkpointing)
-    options = dict(batch_size=args.batch_size, gradient_checkpointing=args.gradient_checkpointing)
-    options |= dict(steps=args.steps + 2, templates=["a photo of a {}"])
-    states = textinv.train(model, pictures("teddy"), "toy", **options)
     row = {}
     ours = lambda: next(states)
     a, b, ratios = in_turns(ours, theirs, args.steps, model.device)

@@ -13,10 +13,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from experiment import EXAMPLES, Lab, options
+from experiment import EXAMPLES, Lab, opened, options
 from sheet import sheet
-
-import textinv
 
 SHOWN = 8
 
@@ -36,7 +34,7 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     lab = Lab.of(args)
     folders = sorted(folder for folder in args.images.iterdir() if folder.is_dir())
-    variants = {f.name: [textinv.open_image(p) for p in textinv.find_images(f)] for f in folders}
+    variants = {folder.name: opened(folder) for folder in folders}
     balanced = [picture for pictures in variants.values() for picture in pictures[:2]]
     fair = lab.word(f"fair-{args.word}", images=balanced, init_word=args.word)
     rows = {"learnt from": balanced}

@@ -10,9 +10,8 @@ no dependency, the test is in models/evaluation.py. The distances of one set sha
 are not independent and p is too small: a covered concept is the safer verdict.
 """
 
-from experiment import CONCEPTS, STYLES, Lab, options, pictures
+from experiment import CONCEPTS, STYLES, Lab, opened, options, pictures
 
-import textinv
 from models.evaluation import closest, distances, welch
 from models.files import write_table
 
@@ -23,8 +22,8 @@ def coverage(lab: Lab, name: str) -> dict[str, str]:
     """p for each share of the distances of one set."""
     word = lab.word(name)
     prompt = "a picture in the style of {}" if name in STYLES else "a photo of {}"
-    drawn = textinv.sample(lab.model, prompt.format(word.placeholder), [word], **lab.sampling)
-    images = [textinv.open_image(path) for path in textinv.find_images(pictures(name))]
+    drawn = lab.draw(prompt.format(word.placeholder), [word])
+    images = opened(pictures(name))
     within, between = distances(lab.scorer.images(drawn), lab.scorer.images(images))
     row = dict(name=name, kind="style" if name in STYLES else "object")
     row |= dict(within=f"{within.mean():.3f}", to_samples=f"{between.mean():.3f}")

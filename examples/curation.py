@@ -8,6 +8,7 @@ word's place: it does not know the new one.
 """
 
 from experiment import Lab, options
+from gallery import galleries
 from sheet import sheet
 
 import textinv
@@ -22,13 +23,9 @@ def main(argv=None) -> None:
     parser.add_argument("--prompts", nargs="+", default=PROMPTS, help="with {} for the word")
     args = parser.parse_args(argv)
     lab, rows = Lab.of(args), {}
-    for name in args.concepts[: 1 if args.quick else None]:
-        word = lab.word(name)
-        for prompt in args.prompts:
-            text = prompt.replace("{}", word.placeholder)
-            drawn = lab.draw(text, [word])
-            order = rank(lab.scorer, drawn, textinv.plain_text(text, [word]))
-            rows[text] = [drawn[i] for i in order]
+    for text, word, drawn in galleries(lab, args):
+        order = rank(lab.scorer, drawn, textinv.plain_text(text, [word]))
+        rows[text] = [drawn[i] for i in order]
     lab.save("curation.png", sheet(rows))
 
 

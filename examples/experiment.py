@@ -118,6 +118,11 @@ def pictures(name: str) -> Path:
     return EXAMPLES / "concepts" / name
 
 
+def opened(folder: str | Path) -> list[Image.Image]:
+    """The pictures of a folder."""
+    return [textinv.open_image(path) for path in textinv.find_images(folder)]
+
+
 def tiles(name: str, side: int = 64) -> list[Image.Image]:
     """The pictures of a sheet in examples/sets, row by row."""
     sheet = Image.open(EXAMPLES / "sets" / name).convert("RGB")

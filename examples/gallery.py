@@ -7,10 +7,22 @@
 A row for each word and prompt, a column for each seed; nothing is left out or drawn again.
 """
 
+import argparse
+from collections.abc import Iterator
+
 from experiment import OBJECTS, Lab, options
 from sheet import sheet
 
 PROMPTS = ("a photo of {} on the moon", "an oil painting of {}", "pixel art of {} at night")
+
+
+def galleries(lab: Lab, args: argparse.Namespace) -> Iterator[tuple]:
+    """(prompt, word, pictures) for each of the words in each of the prompts."""
+    for name in args.concepts[: 1 if args.quick else None]:
+        word = lab.word(name)
+        for prompt in args.prompts:
+            text = prompt.replace("{}", word.placeholder)
+            yield text, word, lab.draw(text, [word])
 
 
 def main(argv=None) -> None:
@@ -18,13 +30,8 @@ def main(argv=None) -> None:
     parser.add_argument("--concepts", nargs="+", default=OBJECTS[:4], help="sets, or words' files")
     parser.add_argument("--prompts", nargs="+", default=PROMPTS, help="with {} for the word")
     args = parser.parse_args(argv)
-    lab, rows = Lab.of(args), {}
-    for name in args.concepts[: 1 if args.quick else None]:
-        word = lab.word(name)
-        for prompt in args.prompts:
-            text = prompt.replace("{}", word.placeholder)
-            rows[text] = lab.draw(text, [word])
-    lab.save("gallery.png", sheet(rows))
+    lab = Lab.of(args)
+    lab.save("gallery.png", sheet({text: drawn for text, _, drawn in galleries(lab, args)}))
 
 
 if __name__ == "__main__":

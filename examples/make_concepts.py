@@ -50,11 +50,14 @@ def blueprint(x: Tensor) -> Tensor:
     return paper + (1 - paper) * torch.maximum(lines, grid)
 
 
+def to_image(picture: Tensor) -> Image.Image:
+    return Image.fromarray((picture.permute(1, 2, 0) * 255).round().byte().numpy())
+
+
 def save(folder: Path, pictures: list[Tensor]):
     folder.mkdir(parents=True, exist_ok=True)
     for i, picture in enumerate(pictures, 1):
-        pixels = (picture.permute(1, 2, 0) * 255).round().byte().numpy()
-        Image.fromarray(pixels).save(folder / f"{i}.png", optimize=True)
+        to_image(picture).save(folder / f"{i}.png", optimize=True)
 
 
 def main():

@@ -18,7 +18,6 @@ from pathlib import Path
 from emoji_data import (
     HELD_OUT,
     SCENES,
-    SIZE,
     TRAINED,
     VENDORS,
     compose,
@@ -27,23 +26,14 @@ from emoji_data import (
     scene_bank,
     split_names,
 )
-from make_concepts import OBJECTS, blueprint, save
+from experiment import EXAMPLES
+from make_concepts import OBJECTS, blueprint, save, to_image
 from PIL import Image
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent
+from textinv import grid
+
 PLACES = [place for place in SCENES if place not in ("water", "fire")]  # left to prompts
-
-
-def sheet(pictures: list[Image.Image], columns: int) -> Image.Image:
-    whole = Image.new("RGB", (columns * SIZE, len(pictures) // columns * SIZE))
-    for i, picture in enumerate(pictures):
-        whole.paste(picture, (i % columns * SIZE, i // columns * SIZE))
-    return whole
-
-
-def to_image(picture: Tensor) -> Image.Image:
-    return Image.fromarray((picture.permute(1, 2, 0) * 255).round().byte().numpy())
 
 
 def photos(sprites: Tensor, bank: Tensor, count: int, places=None, seed: int = 50) -> list[Tensor]:
@@ -64,20 +54,20 @@ def main():
     parser.add_argument("sprites", type=Path)
     folder = parser.parse_args().sprites
     held_out = split_names(HELD_OUT)
-    bank, out = scene_bank(per_scene=8, seed=2), ROOT / "sets"
+    bank, out = scene_bank(per_scene=8, seed=2), EXAMPLES / "sets"
     out.mkdir(exist_ok=True)
     for name in ("mushroom", "teddy"):
         vendor, places = OBJECTS[name]
         sprite = load_sprite(folder, vendor, held_out[name])
         one = sprite.expand(1, 3, -1, -1, -1)
-        shown = [Image.open(p) for p in sorted((ROOT / "concepts" / name).glob("*.png"))]
+        shown = [Image.open(p) for p in sorted((EXAMPLES / "concepts" / name).glob("*.png"))]
         backs = [bank[list(SCENES).index(place), 0] for place in PLACES[:5]]
         still = [back * (1 - sprite[3]) + sprite[:3] for back in backs]
         more = photos(one, bank, 20) + photos(one, bank, 5, ["gray"]) + still
-        sheet(shown + [to_image(p) for p in more], 5).save(out / f"{name}.png", optimize=True)
+        grid(shown + [to_image(p) for p in more], 5, gap=0).save(out / f"{name}.png", optimize=True)
 
     parrots = any_vendor(load_sprites(folder, {"parrot": held_out["parrot"]}))
-    sheet([to_image(p) for p in photos(parrots, bank, 100)], 10).save(
+    grid([to_image(p) for p in photos(parrots, bank, 100)], 10, gap=0).save(
         out / "parrots.webp", quality=92
     )
     frogs = any_vendor(load_sprites(folder, {"frog": split_names(TRAINED["animal"])["frog"]}))
@@ -85,7 +75,7 @@ def main():
         save(out / "frog" / vendor, photos(frogs[i : i + 1], bank, 6, seed=i))
     things = any_vendor(load_sprites(folder, split_names(" ".join(TRAINED.values()))))
     drawn = [blueprint(p) for p in photos(things, bank, 100, ["green"])]
-    sheet([to_image(p) for p in drawn], 10).save(out / "blueprints.webp", quality=92)
+    grid([to_image(p) for p in drawn], 10, gap=0).save(out / "blueprints.webp", quality=92)
 
 
 if __name__ == "__main__":

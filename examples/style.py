@@ -7,7 +7,7 @@ that the word need only hold how it is drawn; with the paper's templates ("a pai
 of {}") it has to hold both, and what it shows of either is less.
 """
 
-from experiment import Lab, options, pictures
+from experiment import Lab, opened, options, pictures
 from sheet import sheet
 
 import textinv
@@ -32,8 +32,7 @@ def main(argv=None) -> None:
     rows = {"no style": lab.draw([f"a photo of a {thing}" for thing in THINGS])}
     for name in args.concepts:
         if pictures(name).is_dir():
-            shown = textinv.find_images(pictures(name))
-            rows[f"{name}: learnt from"] = [textinv.open_image(path) for path in shown]
+            rows[f"{name}: learnt from"] = opened(pictures(name))
         for setup, (prompt, given) in SETUPS.items():
             word = lab.word(name, setup, **given)
             text = prompt.replace("{}", word.placeholder)

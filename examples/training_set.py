@@ -11,7 +11,7 @@ training_set.csv, training_set.png (needs matplotlib) and a table.
 
 import json
 
-from experiment import Lab, options, pictures, tiles
+from experiment import Lab, opened, options, pictures, tiles
 
 import textinv
 from models.command_line import draw_chart, print_scores, scores_of
@@ -35,7 +35,7 @@ BUSY = ("A photo of {} on the beach", "A photo of {} on fire", "A photo of {} on
 def presence(lab: Lab, setup: str, name: str, word: textinv.Concept) -> float:
     path = lab.path(setup, f"{name}-presence.json")
     if not path.exists():
-        images = [textinv.open_image(p) for p in textinv.find_images(pictures(name))]
+        images = opened(pictures(name))
         drawn = lab.draw([prompt.format(word.placeholder) for prompt in BUSY], [word])
         score = reconstruction(lab.scorer.images(drawn), lab.scorer.images(images))
         write_file(path, json.dumps(score).encode())
