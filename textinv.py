@@ -23,7 +23,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +35,7 @@ from torch import Tensor
 
 from models.checkpoint import load_model
 from models.editing import latent_mask, reconstruct, shrinking_masks, working_size
-from models.embeddings import Embedding, default_format, encode_embedding, read_embeddings
+from models.embeddings import Concept, load_concept, load_concepts
 from models.evaluation import (
     Scorer,
     editability,
@@ -43,7 +43,6 @@ from models.evaluation import (
     reconstruction,
     without_placeholder,
 )
-from models.files import write_file
 from models.latent_diffusion import LatentDiffusion
 from models.parallel import add_up, rank_and_world, shared_out
 from models.prompts import escape, without_weights
@@ -117,14 +116,13 @@ STYLE_TEMPLATES = tuple(
 )
 TEMPLATES = {"object": OBJECT_TEMPLATES, "style": STYLE_TEMPLATES}
 
-# Steps, batch size and base learning rate. The paper's (appendix F) are for LDM and serve Stable
-# Diffusion too; the bundled model is small and quick. The rate is multiplied by the batch size,
-# as the paper does: 0.005 x 2 GPUs x 4 pictures = 0.04; with one GPU's 4 it is 0.02.
-TRAINING = {"emoji": dict(steps=600, batch_size=8, lr=0.0025)}
-PAPER = dict(steps=5000, batch_size=4, lr=0.005)
+# The paper's (appendix F) are for LDM and serve Stable Diffusion too; the bundled model has its own
+# (models/emoji/config.json). The rate is multiplied by the batch size, as the paper does: 0.005 x
+# 2 GPUs x 4 pictures = 0.04; with one GPU's 4 it is 0.02. A scale of 7.5 is within the paper's
+# "typical scales (5-10)".
+PAPER = dict(steps=5000, batch_size=4, lr=0.005, guidance_scale=7.5)
 # The paper's High and Low (section 5.2) are 2e-2 and 1e-4 beside a base of 5e-3.
 RATES = {"base": 1.0, "high": 4.0, "low": 0.02}
-GUIDANCE = {"emoji": 3.0}  # elsewhere 7.5, within the paper's "typical scales (5-10)" for LDM
 
 # ------------------------------------------------------------------------------ x: the pictures
 
@@ -221,47 +219,8 @@ def grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2
 # ----------------------------------------------------------------------------- v*: the new word
 
 
-@dataclass
-class Concept:
-    """A learnt word: what stands for it in prompts, and its vectors (V, D), float32.
-
-    V is 1 in the paper's main setup; more vectors act like several words in a row (section 5.2).
-    """
-
-    placeholder: str
-    vectors: Tensor
-    metadata: dict[str, str] = field(default_factory=dict)
-
-    def save(
-        self, path: str | Path, overwrite: bool = False, format: str | None = None, picture=None
-    ) -> None:
-        """Write the word to a file, all or nothing.
-
-        format: one of models.embeddings.FORMATS, by default what the file's ending suggests; for
-        .safetensors {placeholder: (V, D)}, which diffusers reads as it is. picture: the PIL image
-        that a .png is drawn on. Raises ValueError where the file exists or cannot be written.
-        """
-        path = Path(path)
-        format = format or default_format(path.suffix)
-        word = Embedding(self.placeholder, self.vectors.detach().cpu(), self.metadata)
-        write_file(path, encode_embedding(word, format, path.suffix, picture), overwrite)
-
-
-def load_concepts(path: str | Path) -> list[Concept]:
-    """The words of an embedding file, in any format that models/embeddings.py reads.
-
-    Raises ValueError for what is not such a file; nothing in it can run.
-    """
-    return [Concept(e.placeholder, e.vectors, e.metadata) for e in read_embeddings(path)]
-
-
-def load_concept(path: str | Path) -> Concept:
-    """The word of a file with one word; `load_concepts` reads files with several."""
-    concepts = load_concepts(path)
-    if len(concepts) > 1:
-        names = ", ".join(concept.placeholder for concept in concepts)
-        raise ValueError(f"{path} holds {len(concepts)} words ({names}); use load_concepts")
-    return concepts[0]
+# `Concept` is what stands for it in prompts and its vectors (V, D), the only thing that is trained:
+# models/embeddings.py, which reads and writes the files of many programs.
 
 
 def is_one_word(placeholder: str) -> bool:
@@ -357,11 +316,11 @@ def draw_batch(
 ) -> tuple[list[int], Tensor, Tensor, Tensor]:
     """What the expectation of eq. 2 runs over, for a batch of `count` = B: numbers of pictures, as
     they stand in the latents' moments (N, C, h, w); their latents z ~ E(x) (B, C, h, w); timesteps
-    (B,), all alike likely; and eps, noise like z."""
+    (B,), all alike likely, on the CPU; and eps, noise like z."""
     rows = torch.randint(len(mean), (count,), generator=generator)
     z = mean[rows] + std[rows] * normal(mean[rows], generator)
     t = torch.randint(model.schedule.length, (count,), generator=generator)
-    return rows.tolist(), z, t.to(z.device), normal(z, generator)
+    return rows.tolist(), z, t, normal(z, generator)
 
 
 def diffusion_loss(
@@ -369,9 +328,9 @@ def diffusion_loss(
 ) -> Tensor:
     """Eq. 1 of the paper for given t and noise, a scalar: the mean squared error of the model's
     prediction (eps, or v where model.schedule says so) for latents (B, C, h, w), noised to
-    timesteps t (B,), when told the context (B, L, D)."""
+    timesteps t (B,), on the CPU like the schedule, when told the context (B, L, D)."""
     x_t = model.schedule.q_sample(latents, t, noise)
-    prediction = model.unet(x_t, t, context).float()
+    prediction = model.unet(x_t, t.to(x_t.device), context).float()
     return F.mse_loss(prediction, model.schedule.target(latents, t, noise))
 
 
@@ -436,7 +395,8 @@ def train(
     check_placeholder(model, placeholder)
     pixels = prepare_images(images, model.size)
     texts = texts_by_picture(templates, len(pixels))
-    mean, std = latent_moments(model, pixels, flip)
+    seen, picture = views(pixels, flip)
+    mean, std = latent_moments(model, seen)
 
     start = initial_vectors(model, init_word, vectors).to(model.device)
     metadata = dict(init_word=init_word, steps=0, lr=lr * batch_size, batch_size=batch_size)
@@ -462,7 +422,7 @@ def train(
             for step in range(done + 1, steps + 1):
                 draw, generator = draws_of_step(seed, step)
                 rows, *batch = draw_batch(model, mean, std, batch_size, generator)
-                shown = [i % len(pixels) for i in rows]
+                shown = [picture[i] for i in rows]
                 prompts = [fill(draw.choice(texts[i]), words, i) for i in shown]
                 if progressive:
                     used = 1 + (step - 1) * 5 // (2 * steps)
@@ -501,7 +461,7 @@ def check_range(least: float, **numbers: float) -> None:
 
 def hyperparameters(model: LatentDiffusion, steps, batch_size, lr) -> tuple[int, int, float]:
     """What was asked for, else the paper's or the bundled model's."""
-    defaults = TRAINING.get(model.name, PAPER)
+    defaults = PAPER | model.defaults
     if isinstance(lr, str):
         if lr not in RATES:
             raise ValueError(f"lr {lr!r} is not known; use a number, {', '.join(RATES)}")
@@ -545,13 +505,19 @@ def fill(template: str, words: Sequence[Concept], picture: int) -> str:
     return f"{prompt} with {words[1:][picture].placeholder}" if len(words) > 1 else prompt
 
 
-def latent_moments(model: LatentDiffusion, pixels: Tensor, flip: bool) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of the latents of pixels (N, 3, H, W), then of their mirror images.
+def views(pixels: Tensor, flip: bool) -> tuple[Tensor, list[int]]:
+    """What training sees of the pictures (N, 3, H, W): (M, 3, H, W), each picture plain and, with
+    `flip`, mirrored; and for each of these which picture it is of. Augmentation belongs here."""
+    kinds = [pixels, pixels.flip(-1)] if flip else [pixels]
+    return torch.cat(kinds), [*range(len(pixels))] * len(kinds)
+
+
+def latent_moments(model: LatentDiffusion, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (N, C, h, w) of the latents of pixels (N, 3, H, W).
 
     The autoencoder runs once; z ~ E(x) is drawn anew from these moments in every step.
     """
-    both = torch.cat([pixels, pixels.flip(-1)]) if flip else pixels
-    moments = [model.encode_moments(image[None]) for image in both]
+    moments = [model.encode_moments(image[None]) for image in pixels]
     mean, std = (torch.cat(parts) for parts in zip(*moments))
     if not (mean.isfinite().all() and std.isfinite().all()):
         raise NotFinite("the autoencoder gave NaN or infinity; try --precision bf16 or fp32")
@@ -630,7 +596,8 @@ def conditions(
 
 def guidance_of(model: LatentDiffusion, guidance_scale: float | None) -> float:
     """The scale that was asked for, or the model's default."""
-    scale = GUIDANCE.get(model.name, 7.5) if guidance_scale is None else guidance_scale
+    defaults = PAPER | model.defaults
+    scale = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
     if not math.isfinite(scale):
         raise ValueError(f"guidance_scale is {scale}; use 1 (none) to about 15")
     return scale

@@ -13,7 +13,8 @@ from benchmark import timed
 from experiment import pictures
 
 import textinv
-from models.checkpoint import Stored, autoencoder_from_diffusers, unet_from_diffusers
+from models.naming import autoencoder_from_diffusers, unet_from_diffusers
+from models.reading import Stored
 
 
 def components(model: textinv.LatentDiffusion):

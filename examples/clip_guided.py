@@ -32,8 +32,8 @@ def clip_guided(lab: Lab, goal: Tensor, n: int, steps: int, scale: float) -> lis
         drawn = model.autoencoder.decode((x_0 / SCALE_FACTOR).to(model.dtype)).float()
         cosine = (image_features(lab, drawn) @ goal.to(x.device).T).mean(1).sum()
         slope = torch.autograd.grad(cosine, x)[0]
-        a, a_prev = (schedule.a(i, x).float() for i in (t, t_prev))
+        a = schedule.a(t, x).float()
         eps = eps.detach() - scale * (1 - a).sqrt() * slope
-        x = a_prev.sqrt() * (x.detach() - (1 - a).sqrt() * eps) / a.sqrt()
-        x = x + (1 - a_prev).sqrt() * eps
+        x_0 = (x.detach() - (1 - a).sqrt() * eps) / a.sqrt()
+        x = schedule.q_sample(x_0, t_prev, eps)
     return textinv.to_pil(model.decode_latents(x.detach()))

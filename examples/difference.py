@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from models.checkpoint import BUNDLED, CheckpointError, open_state
+from models.checkpoint import BUNDLED
 from models.files import write_file
 from models.latent_diffusion import LatentDiffusion
+from models.reading import CheckpointError, open_state
 
 PREFIX = "model.diffusion_model."  # the UNet's keys in LDM's and Stable Diffusion's own files
 

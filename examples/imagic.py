@@ -23,7 +23,7 @@ SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 def losses(model, image):
     """loss(context, step) on one picture; four draws of t and noise a step."""
-    mean, std = textinv.latent_moments(model, textinv.prepare_images([image], model.size), False)
+    mean, std = textinv.latent_moments(model, textinv.prepare_images([image], model.size))
 
     def loss(context, step: int) -> torch.Tensor:
         _, generator = textinv.draws_of_step(0, step)

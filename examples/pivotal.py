@@ -28,7 +28,7 @@ SCALES = (1.0, 3.0, 7.0)
 def loss_of(model, images, word: textinv.Concept, batch_size: int) -> Callable[[int], Tensor]:
     """The training loss of the step with that number, as `textinv.train` has it; the word rests."""
     pixels = textinv.prepare_images(images, model.size)
-    mean, std = textinv.latent_moments(model, pixels, flip=True)
+    mean, std = textinv.latent_moments(model, textinv.views(pixels, flip=True)[0])
 
     def loss(step: int) -> Tensor:
         draw, generator = textinv.draws_of_step(0, step)

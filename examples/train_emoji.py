@@ -365,6 +365,7 @@ def export(scenes: Scenes, work: Path, minutes: float) -> None:
     (target / "vocab.txt").write_text("".join(f"{w}\n" for w in vocabulary()))
     settings = dict(name="emoji", size=64, norm_groups=[UNET.norm_groups, AUTOENCODER.norm_groups])
     settings |= dict(heads=UNET.heads, prediction=PREDICTION)
+    settings["defaults"] = dict(steps=600, batch_size=8, lr=0.0025, guidance_scale=3.0)
     settings["nouns"] = [*dict.fromkeys([*scenes.coarse, *scenes.names])]
     (target / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
     if (work / "clip.pt").exists():

@@ -1,535 +1,51 @@
-"""Public checkpoints to models: reading files safely, finding the family, naming, strict loading.
+"""Public checkpoints to models: the families and what tells them apart, sizes, strict loading.
 
-A file is opened as a table of `Stored` tensors: names and shapes at once, data only on demand and
-straight into the wanted precision, so the peak of memory is the model itself plus one tensor.
-Nothing in a file can run: pickles go through `RestrictedUnpickler`, and weights are only ever
-copied into modules that were built from their shapes.
-
-Our modules carry the CompVis key names, so single files load unrenamed; the diffusers layout and
-open_clip's text encoder are renamed by the tables below, on whole dotted segments.
+What lies in a file is read by reading.py and named by naming.py. Here the family is found from the
+names and every size from the shapes, and the tensors fill modules that were built of those sizes:
+every key must match.
 """
 
 import hashlib
 import json
 import math
-import mmap
-import pickle
 import re
 import warnings
-import zipfile
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from operator import methodcaller
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from . import tokenizers
 from .autoencoder import Autoencoder, AutoencoderConfig
 from .bert import BertConfig, BertTextEncoder
 from .clip import CLIP, CLIPConfig, CLIPTextEncoder, TextConfig, VisionConfig
 from .latent_diffusion import SCALE_FACTOR, LatentDiffusion
+from .naming import (
+    autoencoder_from_diffusers,
+    count,
+    part,
+    text_from_open_clip,
+    text_from_transformers,
+    towers_from_openai,
+    unet_from_diffusers,
+)
+from .reading import EXPECTED, CheckpointError, State, Stored, checking, contents, open_state, some
 from .schedule import Schedule
+from .tokenizers import (
+    OPEN_CLIP_SPECIAL,
+    OPENAI_SPECIAL,
+    CLIPTokenizer,
+    Tokenizer,
+    WordPieceTokenizer,
+)
 from .unet import UNet, UNetConfig
 
 BUNDLED = Path(__file__).parent / "emoji"
 BERT_VOCAB = Path(__file__).parent / "vocab" / "bert-base-uncased.txt"
 BETAS = (0.00085, 0.012)  # LDM text2img-large and Stable Diffusion alike
-ZIP = b"PK\x03\x04"  # how files of torch.save begin
-FAMILIES = ("ldm", "sd1", "sd2")
-EXPECTED = (
-    "expected an LDM or Stable Diffusion 1/2 checkpoint (.ckpt or .safetensors), or a folder in "
-    "the diffusers layout"
-)
-
-
-class CheckpointError(ValueError):
-    """A file that is not what it should be; one line that says what was expected and found.
-
-    Key names come from the file, so what is no printable character (line breaks, terminal
-    escapes) becomes "?".
-    """
-
-    def __init__(self, message: str):
-        super().__init__("".join(c if c.isprintable() else "?" for c in message))
-
-
-def some(names: Iterable[str]) -> str:
-    """The first names of many, for an error message."""
-    names = list(names)
-    shown = ", ".join(name[:80] for name in names[:3])
-    return shown + ", ..." * (len(names) > 3) if names else "nothing"
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out; PyTorch says so in a plain RuntimeError on the CPU, and on a GPU
-    where a library of NVIDIA's found out."""
-    said = "out of memory|can't allocate memory|not enough memory|ALLOC_FAILED"
-    kinds = (torch.OutOfMemoryError, MemoryError)
-    return isinstance(error, kinds) or re.search(said, str(error)) is not None
-
-
-@contextmanager
-def checking(path: Path):
-    """Turns whatever a damaged or foreign file makes the code below stumble over (nearly any
-    exception: parsers and shape arithmetic trust their input) into one line about that file."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}; {EXPECTED}") from error
-    except Exception as error:
-        if out_of_memory(error):
-            raise
-        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-        raise CheckpointError(
-            f"{path}: damaged or foreign, found {contents(path)} ({reason[:200]}); {EXPECTED}"
-        ) from error
-
-
-def contents(path: Path) -> str:
-    """What a file that did not load looks like: the usual accidents are a truncated download, a
-    web page and a git-lfs pointer."""
-    if path.is_dir():
-        return "a folder with " + some(sorted(p.name for p in path.iterdir()))
-    with open(path, "rb") as file:
-        start = file.read(40)
-    line = start.decode("utf-8", "replace").splitlines()[:1]
-    if not start or start.startswith(ZIP):
-        kind = "a zip archive" if start else "an empty file"
-    else:
-        kind = f"the text {line[0]!r}" if line[0].isprintable() else "binary data"
-    return f"{kind}, {path.stat().st_size:,} bytes"
-
-
-# -------------------------------------------------------------------------------- reading files
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor that still lies in its file. `read(dtype)` copies it out (None: as stored)."""
-
-    shape: tuple[int, ...]
-    read: Callable[[torch.dtype | None], Tensor]
-
-    def thirds(self) -> list["Stored"]:
-        """The three parts along the first dimension: q, k and v of a stacked projection."""
-        size = self.shape[0] // 3
-        return [
-            Stored(
-                (size, *self.shape[1:]),
-                lambda dtype, i=i: self.read(dtype)[i * size :][:size].clone(),  # else all stays
-            )
-            for i in range(3)
-        ]
-
-    def reshape(self, *shape: int) -> "Stored":
-        return Stored(shape, lambda dtype: self.read(dtype).reshape(shape))
-
-    def transpose(self) -> "Stored":
-        return Stored(self.shape[::-1], lambda dtype: self.read(dtype).T.contiguous())
-
-
-State = dict[str, Stored]
-
-
-class MappedFile:
-    """A file mapped into memory, whose pages are given back as soon as they have been copied."""
-
-    def __init__(self, path: Path):
-        with open(path, "rb") as file:
-            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-
-    def read(self, start: int, count: int, stored: torch.dtype) -> Tensor:
-        """A flat view of `count` numbers; copy it, then `release`."""
-        if count == 0:
-            return torch.empty(0, dtype=stored)
-        return torch.frombuffer(self.map, dtype=stored, count=count, offset=start)
-
-    def release(self, start: int, size: int) -> None:
-        first = start // mmap.PAGESIZE * mmap.PAGESIZE
-        if hasattr(self.map, "madvise"):
-            self.map.madvise(mmap.MADV_DONTNEED, first, start + size - first)
-
-
-def stored_in(file: MappedFile, start: int, count: int, dtype: torch.dtype, view) -> Callable:
-    """The `read` of a tensor whose storage of `count` numbers begins at `start`."""
-
-    def read(wanted: torch.dtype | None) -> Tensor:
-        tensor = view(file.read(start, count, dtype))
-        tensor = tensor.to(wanted or dtype, copy=True, memory_format=torch.contiguous_format)
-        file.release(start, count * dtype.itemsize)
-        return tensor
-
-    return read
-
-
-# Kinds of numbers: in a .safetensors header, as a storage of torch.save, here.
-NUMBERS = (
-    ("F64", "DoubleStorage", torch.float64),
-    ("F32", "FloatStorage", torch.float32),
-    ("F16", "HalfStorage", torch.float16),
-    ("BF16", "BFloat16Storage", torch.bfloat16),
-    ("I64", "LongStorage", torch.int64),
-    ("I32", "IntStorage", torch.int32),
-    ("I16", "ShortStorage", torch.int16),
-    ("I8", "CharStorage", torch.int8),
-    ("U8", "ByteStorage", torch.uint8),
-    ("BOOL", "BoolStorage", torch.bool),
-)
-SAFETENSORS_DTYPES = {name: dtype for name, _, dtype in NUMBERS}
-
-
-def open_safetensors(path: Path) -> State:
-    """The tensors of a .safetensors file: 8 bytes of length, a JSON header, then the data."""
-    file = MappedFile(path)
-    size = int.from_bytes(file.map[:8], "little")
-    header = json.loads(file.map[8 : 8 + size])
-    header.pop("__metadata__", None)
-    state: State = {}
-    free = 8 + size  # where the next tensor may begin
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        if entry["dtype"] not in SAFETENSORS_DTYPES:
-            raise CheckpointError(f"{path}: numbers of type {entry['dtype']} are not supported")
-        dtype, shape = SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"])
-        begin, end = (8 + size + offset for offset in entry["data_offsets"])
-        n = math.prod(shape)
-        damaged = begin < free or end - begin != n * dtype.itemsize or min(shape, default=0) < 0
-        if damaged or end > len(file.map):
-            raise CheckpointError(
-                f"{path}: truncated or damaged, expected tensor {name[:80]!r} at bytes "
-                f"{begin:,} to {end:,}, found {len(file.map):,} bytes in all"
-            )
-        free = end
-        view = methodcaller("reshape", shape)
-        state[name] = Stored(shape, stored_in(file, begin, n, dtype, view))
-    return state
-
-
-class Stub:
-    """Stands for every class and function that a pickle names and that is not admitted.
-
-    It takes any arguments and does nothing; a state given to it is kept as plain data.
-    """
-
-    def __new__(cls, *args, **kwargs):
-        return super().__new__(cls)
-
-    state = None
-
-    def __setstate__(self, state):
-        self.state = state
-
-    def ignore(self, *args, **kwargs):
-        return self
-
-    append = extend = add = update = __setitem__ = __call__ = ignore
-
-
-def rebuild_tensor(storage, offset, shape, stride, *_) -> Stored:
-    file, start, count, dtype = storage
-    shape, stride = tuple(shape), tuple(stride)
-    numbers = (offset, *shape, *stride)
-    # Trap: a pickle may hold integers of thousands of digits, and arithmetic on them takes hours.
-    if len(numbers) > 17 or not all(isinstance(n, int) and 0 <= n < 2**62 for n in numbers):
-        raise ValueError("a tensor of impossible shape")
-    last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
-    inside = 0 in shape or max(math.prod(shape), last + 1) <= count
-    if not inside:
-        raise ValueError(f"a tensor of shape {shape} reaches beyond its {count} numbers")
-
-    def view(flat: Tensor) -> Tensor:
-        return flat.as_strided(shape, stride, offset)
-
-    return Stored(shape, stored_in(file, start, count, dtype, view))
-
-
-ADMITTED = {
-    ("collections", "OrderedDict"): lambda: OrderedDict(),  # filled later, through the checks below
-    ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
-} | {("torch", storage): dtype for _, storage, dtype in NUMBERS}
-
-
-def hashing(opcode: bytes, keys: Callable[[list], list]) -> Callable:
-    """The opcode's own code, after a look at what it will hash. Trap: a tuple of tuples that share
-    their parts, a few bytes in a pickle, takes years to hash."""
-    own_code = pickle._Unpickler.dispatch[opcode[0]]
-
-    def load(unpickler) -> None:
-        for key in keys(unpickler.stack):
-            parts = key if isinstance(key, tuple) else [key]
-            if any(isinstance(part, (tuple, frozenset)) for part in parts):
-                raise ValueError("nested keys")
-        own_code(unpickler)
-
-    return load
-
-
-def build(unpickler) -> None:
-    """BUILD gives an object its state: here to stubs alone, so that nothing of ours is changed."""
-    state = unpickler.stack.pop()
-    if isinstance(unpickler.stack[-1], Stub):
-        unpickler.stack[-1].__setstate__(state)
-
-
-def refuse(unpickler) -> None:
-    raise ValueError("an opcode that no checkpoint needs")
-
-
-class RestrictedUnpickler(pickle._Unpickler):
-    """Admits containers and tensors; every other name becomes a `Stub`, and nothing is imported.
-
-    Tensors come out as `Stored`. Trap: the Lightning files of LDM and Stable Diffusion name
-    classes of packages that are not installed, so refusing unknown names would refuse them.
-    The unpickler in Python, not the one in C, where a few bytes can ask for gigabytes.
-    """
-
-    dispatch = (
-        pickle._Unpickler.dispatch
-        | {
-            pickle.BUILD[0]: build,
-            pickle.BYTEARRAY8[0]: refuse,  # allocates what it says before reading
-            pickle.SETITEM[0]: hashing(pickle.SETITEM, lambda stack: stack[-2:-1]),
-            pickle.SETITEMS[0]: hashing(pickle.SETITEMS, lambda stack: stack[::2]),
-            pickle.DICT[0]: hashing(pickle.DICT, lambda stack: stack[::2]),
-            pickle.ADDITEMS[0]: hashing(pickle.ADDITEMS, lambda stack: stack),
-            pickle.FROZENSET[0]: hashing(pickle.FROZENSET, lambda stack: stack),
-        }
-    )
-
-    def __init__(self, archive: "TorchArchive", data):
-        super().__init__(data)
-        self.archive = archive
-
-    def find_class(self, module: str, name: str):
-        return ADMITTED.get((module, name), Stub)
-
-    def persistent_load(self, identifier):
-        _, dtype, key, _, count = identifier
-        if not isinstance(key, str):  # trap: to write out nested tuples can take all memory
-            raise ValueError("a storage without a name")
-        return self.archive.storage(key, dtype, int(count))
-
-
-class TorchArchive:
-    """A file written by `torch.save` since torch 1.6: a zip of data.pkl and raw storages."""
-
-    def __init__(self, path: Path):
-        self.file = MappedFile(path)
-        with zipfile.ZipFile(path) as archive:
-            self.entries = {info.filename: info for info in archive.infolist()}
-            pickles = [name for name in self.entries if name.endswith("data.pkl")]
-            if len(pickles) != 1 or self.entries[pickles[0]].file_size > 1 << 28:
-                raise CheckpointError(f"{path}: a zip file, but not one written by torch.save")
-            self.root = pickles[0].removesuffix("data.pkl")
-            with archive.open(pickles[0]) as data:
-                self.content = RestrictedUnpickler(self, data).load()
-
-    def storage(self, key: str, dtype: torch.dtype, count: int):
-        info = self.entries[f"{self.root}data/{key}"]
-        size = count * dtype.itemsize
-        if info.compress_type != zipfile.ZIP_STORED or not 0 <= size <= info.file_size:
-            raise ValueError(f"storage {key} does not hold the {count} numbers it should")
-        # The data begin behind the entry's local header: 30 bytes, the name and an extra field.
-        lengths = self.file.map[info.header_offset + 26 : info.header_offset + 30]
-        start = info.header_offset + 30
-        start += int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
-        if start + size > len(self.file.map):
-            raise ValueError(f"storage {key} ends beyond the file")
-        return self.file, start, count, dtype
-
-
-def scripted(module: Stub) -> State:
-    """The tensors of a TorchScript archive, which pickles its modules: a stub for each of them,
-    whose state holds its tensors and its submodules. Every module counts once, so neither a cycle
-    nor a shared one keeps us busy; nothing of the archive's code is read."""
-    state, rest, seen = {}, [("", module)], set()
-    while rest:
-        prefix, module = rest.pop()
-        if id(module) not in seen:
-            seen.add(id(module))
-            for name, value in (module.state or {}).items():
-                if isinstance(value, Stored):
-                    state[f"{prefix}{name}"] = value
-                elif isinstance(value, Stub):
-                    rest.append((f"{prefix}{name}.", value))
-    return state
-
-
-def open_state(path: Path) -> State:
-    """The tensors of one checkpoint file, whatever its format; `CheckpointError` if it has none."""
-    with checking(path):
-        with open(path, "rb") as file:
-            if file.read(4) != ZIP:
-                return open_safetensors(path)
-        content = TorchArchive(path).content
-        if isinstance(content, Stub):
-            content = scripted(content)
-        if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-            content = content["state_dict"]
-        if not isinstance(content, dict):
-            raise CheckpointError(f"{path}: holds no table of tensors; {EXPECTED}")
-        return {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Stored)}
-
-
-# --------------------------------------------------------------------------------------- naming
-
-
-def part(state: State, prefix: str) -> State:
-    return {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
-
-
-def rename(key: str, table: Mapping[str, str]) -> str:
-    """The key with every run of whole dotted segments that the table knows replaced, in order."""
-    dotted = f".{key}."
-    for old, new in table.items():
-        dotted = dotted.replace(f".{old}.", f".{new}.")
-    return dotted[1:-1]
-
-
-UNET_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-UNET_OUTSIDE = {
-    "conv_in": "input_blocks.0.0",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-    "mid_block.resnets.0": "middle_block.0",
-    "mid_block.attentions.0": "middle_block.1",
-    "mid_block.resnets.1": "middle_block.2",
-}
-VAE_NAMES = {
-    "conv_shortcut": "nin_shortcut",
-    "conv_norm_out": "norm_out",
-    "downsamplers.0": "downsample",
-    "upsamplers.0": "upsample",
-    "mid_block.resnets.0": "mid.block_1",
-    "mid_block.resnets.1": "mid.block_2",
-    "mid_block.attentions.0": "mid.attn_1",
-    "resnets": "block",
-    "group_norm": "norm",
-    "to_q": "q",
-    "to_k": "k",
-    "to_v": "v",
-    "to_out.0": "proj_out",
-    # diffusers before 0.15, and so every published Stable Diffusion folder
-    "query": "q",
-    "key": "k",
-    "value": "v",
-    "proj_attn": "proj_out",
-}
-# open_clip's and OpenAI's names to those of `transformers`
-CLIP_NAMES = {
-    "resblocks": "layers",
-    "transformer": "encoder",
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "attn": "self_attn",
-    "c_fc": "fc1",
-    "c_proj": "fc2",
-    "token_embedding": "embeddings.token_embedding",
-    "positional_embedding": "embeddings.position_embedding.weight",
-    "ln_final": "final_layer_norm",
-    "class_embedding": "embeddings.class_embedding",
-    "conv1": "embeddings.patch_embedding",
-    "ln_pre": "pre_layrnorm",
-    "ln_post": "post_layernorm",
-}
-
-
-def unet_from_diffusers(state: State) -> State:
-    """CompVis counts all blocks of one way in a row; diffusers counts by level and kind."""
-    blocks = count(state, r"down_blocks\.0\.resnets\.(\d+)\.")
-
-    def name(key: str) -> str:
-        match = re.match(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)", key)
-        if not match:
-            key = rename(key, UNET_OUTSIDE)
-            return rename(key, UNET_RESNET) if re.match(r"middle_block\.[02]\.", key) else key
-        way, level, kind, index, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
-        if way == "down":
-            first, side = 1 + level * (blocks + 1), "input_blocks"
-        else:
-            first, side = level * (blocks + 1), "output_blocks"
-        if kind == "resnets":
-            return f"{side}.{first + index}.0.{rename(rest, UNET_RESNET)}"
-        if kind == "attentions":
-            return f"{side}.{first + index}.1.{rest}"
-        if kind == "downsamplers":
-            return f"{side}.{first + blocks}.0.{rename(rest, {'conv': 'op'})}"
-        attended = f"up_blocks.{level}.attentions.0.norm.weight" in state
-        return f"{side}.{first + blocks}.{2 if attended else 1}.{rest}"
-
-    return {name(k): v for k, v in state.items()}
-
-
-def autoencoder_from_diffusers(state: State) -> State:
-    """The decoder's levels are counted from the other end; 1x1 convolutions come as matrices."""
-    levels = count(state, r"decoder\.up_blocks\.(\d+)\.")
-
-    def level(match: re.Match) -> str:
-        number = int(match[2])
-        return f"{match[1]}.{number if match[1] == 'down' else levels - 1 - number}."
-
-    def name(key: str) -> str:
-        return rename(re.sub(r"(down|up)_blocks\.(\d+)\.", level, key), VAE_NAMES)
-
-    renamed = {name(k): v for k, v in state.items()}
-    return {
-        k: v.reshape(*v.shape, 1, 1) if ".attn_1." in k and len(v.shape) == 2 else v
-        for k, v in renamed.items()
-    }
-
-
-def clip_from_openai(state: State) -> State:
-    """open_clip's or OpenAI's names of one tower; the stacked in_proj is cut into q, k and v."""
-    renamed: State = {}
-    for key, tensor in state.items():
-        key = rename(key, CLIP_NAMES)
-        if match := re.fullmatch(r"(.+\.self_attn)\.in_proj_(weight|bias)", key):
-            for letter, third in zip("qkv", tensor.thirds()):
-                renamed[f"{match[1]}.{letter}_proj.{match[2]}"] = third
-        else:
-            renamed[key] = tensor
-    return renamed
-
-
-def text_from_transformers(state: State) -> State:
-    """CLIP's text tower under `text_model.`, which some files leave out; no position_ids."""
-    return {
-        "text_model." + k.removeprefix("text_model."): v
-        for k, v in state.items()
-        if not k.endswith("position_ids")
-    }
-
-
-def text_from_open_clip(state: State) -> State:
-    """SD 2's text encoder. Its last block is left out: the model takes the one before."""
-    unused = ("text_projection", "logit_scale")
-    tower = {k: v for k, v in state.items() if k not in unused and not k.endswith("attn_mask")}
-    last = count(tower, r"transformer\.resblocks\.(\d+)\.") - 1
-    tower = {k: v for k, v in tower.items() if f".resblocks.{last}." not in k}
-    return text_from_transformers(clip_from_openai(tower))
-
 
 # ------------------------------------------------------------------------- sizes from the shapes
-
-
-def count(keys: Iterable[str], pattern: str) -> int:
-    """How many different numbers the pattern's group matches."""
-    return len({m[1] for k in keys if (m := re.match(pattern, k))})
 
 
 def unet_config(state: State, **known) -> UNetConfig:
@@ -576,44 +92,83 @@ def bert_config(state: State) -> BertConfig:
     )
 
 
+def check_heads(width: int, heads: int | None) -> None:
+    if not isinstance(heads, int) or heads < 1 or width % heads:
+        raise ValueError(f"{heads!r} attention heads do not divide {width} channels")
+
+
 def text_config(state: State, heads: int | None, quick_gelu: bool) -> TextConfig:
     """`heads` None: 64 channels each, as in every published CLIP."""
     vocab_size, width = state["text_model.embeddings.token_embedding.weight"].shape
+    heads = heads or max(1, width // 64)
+    check_heads(width, heads)
     return TextConfig(
         width=width,
         layers=count(state, r"text_model\.encoder\.layers\.(\d+)\."),
-        heads=heads or max(1, width // 64),
+        heads=heads,
         quick_gelu=quick_gelu,
         vocab_size=vocab_size,
         max_length=state["text_model.embeddings.position_embedding.weight"].shape[0],
     )
 
 
-# -------------------------------------------------------------------------------------- loading
+# ------------------------------------------------------------------------------------- families
 
 
-def check_heads(path: Path, width: int, heads: int | None) -> None:
-    if not isinstance(heads, int) or heads < 1 or width % heads:
-        raise CheckpointError(f"{path}: {heads!r} attention heads do not divide {width} channels")
+@dataclass(frozen=True)
+class Family:
+    """What tells LDM, Stable Diffusion 1 and 2 apart, beside the sizes, which shapes tell."""
+
+    key: str  # what keys of a single file begin with, in no family further down
+    text: Callable[[State], State]  # its text encoder's tensors under our names
+    encoder: Callable[..., nn.Module]
+    config: Callable[[State, int | None], BertConfig | TextConfig]  # of tensors, and heads if known
+    tokenizer: Callable[["Parts", int, int], Tokenizer]  # of vocabulary, its size, and the length
+    attention: dict[str, int | None]  # the UNet's heads: a number of them, or channels in each
+    prediction: str | None  # None: there are both, and keys do not tell which
+    size: dict[str, int]  # side of the pictures it was trained on, pixels, by prediction
+    special: tuple[str, str] = OPENAI_SPECIAL  # start and end, where prompts spell them out
 
 
-def fill(build: Callable[[], nn.Module], state: State, dtype, device, path: Path) -> nn.Module:
-    """The module built without memory, then given the file's tensors; every key must match."""
-    with torch.device("meta"):
-        module = build()
-    wanted = module.state_dict()
-    missing, left = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-    wrong = [k for k in wanted if k in state and state[k].shape != tuple(wanted[k].shape)]
-    if missing or left or wrong:
-        raise CheckpointError(
-            f"{path}: not the expected {type(module).__name__}: {len(missing)} keys missing "
-            f"({some(missing)}), {len(left)} not expected ({some(left)}), {len(wrong)} of another "
-            f"shape ({some(wrong)})"
-        )
-    module.load_state_dict(
-        {k: state[k].read(dtype).to(device) for k in wanted}, strict=True, assign=True
-    )
-    return module.eval()
+FAMILIES = {
+    "ldm": Family(
+        key="cond_stage_model.transformer.token_emb.",
+        text=lambda state: {k: v for k, v in state.items() if ".to_logits." not in k},
+        encoder=BertTextEncoder,
+        config=lambda state, heads: bert_config(state),
+        tokenizer=lambda parts, _, length: WordPieceTokenizer.load(
+            parts.vocabulary or BERT_VOCAB, length
+        ),
+        attention=dict(heads=8, head_width=None),
+        prediction="eps",
+        size=dict(eps=256, v=256),
+    ),
+    "sd1": Family(
+        key="cond_stage_model.transformer.",
+        text=lambda state: text_from_transformers(part(state, "transformer.")),
+        encoder=CLIPTextEncoder,
+        config=lambda state, heads: text_config(state, heads, quick_gelu=True),
+        tokenizer=lambda parts, size, length: CLIPTokenizer.load(
+            parts.vocabulary, length, vocab_size=size, special=parts.special
+        ),
+        attention=dict(heads=8, head_width=None),
+        prediction="eps",
+        size=dict(eps=512, v=512),
+    ),
+    "sd2": Family(
+        key="cond_stage_model.model.",
+        text=lambda state: text_from_open_clip(part(state, "model.")),
+        encoder=CLIPTextEncoder,
+        config=lambda state, heads: text_config(state, heads, quick_gelu=False),
+        tokenizer=lambda parts, size, length: CLIPTokenizer.load(
+            parts.vocabulary, length, pad_id=0, vocab_size=size, special=parts.special
+        ),
+        attention=dict(heads=None, head_width=64),
+        prediction=None,
+        size=dict(eps=512, v=768),
+        special=OPEN_CLIP_SPECIAL,
+    ),
+}
 
 
 @dataclass
@@ -633,24 +188,42 @@ class Parts:
     unet_groups: int = 32
     autoencoder_groups: int = 32
     vocabulary: Path | None = None
-    special: tuple[str, str] = tokenizers.OPENAI_SPECIAL
+    special: tuple[str, str] = OPENAI_SPECIAL
     name: str = ""
     size: int | None = None
+    defaults: dict = field(default_factory=dict)  # as `LatentDiffusion.defaults`
 
 
 def find_family(state: State, path: Path) -> str:
-    keys = {
-        "ldm": "cond_stage_model.transformer.token_emb.weight",
-        "sd2": "cond_stage_model.model.token_embedding.weight",
-    }
-    for family, key in keys.items():
-        if key in state:
-            return family
-    if any(k.startswith("cond_stage_model.transformer.") for k in state):
-        return "sd1"
-    if any(k.startswith("conditioner.embedders.") for k in state):
+    """The family of a single file; `CheckpointError` if it is of none."""
+    for name, family in FAMILIES.items():
+        if any(key.startswith(family.key) for key in state):
+            return name
+    if any(key.startswith("conditioner.embedders.") for key in state):
         raise CheckpointError(f"{path}: Stable Diffusion XL is not supported; {EXPECTED}")
     raise CheckpointError(f"{path}: not a text-to-image model, found {some(state)}; {EXPECTED}")
+
+
+# -------------------------------------------------------------------------------------- loading
+
+
+def fill(build: Callable[[], nn.Module], state: State, dtype, device, path: Path) -> nn.Module:
+    """The module built without memory, then given the file's tensors; every key must match."""
+    with torch.device("meta"):
+        module = build()
+    wanted = module.state_dict()
+    missing, left = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    wrong = [k for k in wanted if k in state and state[k].shape != tuple(wanted[k].shape)]
+    if missing or left or wrong:
+        raise CheckpointError(
+            f"{path}: not the expected {type(module).__name__}: {len(missing)} keys missing "
+            f"({some(missing)}), {len(left)} not expected ({some(left)}), {len(wrong)} of another "
+            f"shape ({some(wrong)})"
+        )
+    module.load_state_dict(
+        {k: state[k].read(dtype).to(device) for k in wanted}, strict=True, assign=True
+    )
+    return module.eval()
 
 
 def holds_model(path: Path) -> bool:
@@ -684,13 +257,6 @@ def from_single_file(path: Path, family: str | None) -> Parts:
     state = open_state(path)
     family = family or find_family(state, path)
     beside = settings_beside(path)
-    text = part(state, "cond_stage_model.")
-    if family == "ldm":
-        text = {k: v for k, v in text.items() if ".to_logits." not in k}
-    elif family == "sd1":
-        text = text_from_transformers(part(text, "transformer."))
-    else:
-        text = text_from_open_clip(part(text, "model."))
     number = {k: int(v) for k, v in beside.items() if v.isdigit()}
     autoencoder = part(state, "first_stage_model.")
     vocabulary = path.with_name("vocab.txt")
@@ -699,13 +265,13 @@ def from_single_file(path: Path, family: str | None) -> Parts:
         family,
         unet=part(state, "model.diffusion_model."),
         autoencoder={k: v for k, v in autoencoder.items() if not k.startswith("loss.")},
-        text=text,
+        text=FAMILIES[family].text(part(state, "cond_stage_model.")),
         prediction=beside.get("parameterization"),
         heads=number.get("num_heads"),
         head_width=number.get("num_head_channels"),
         text_heads=number.get("num_attention_heads") or number.get("heads"),
         vocabulary=vocabulary if family == "ldm" and vocabulary.is_file() else None,
-        special=tokenizers.OPEN_CLIP_SPECIAL if family == "sd2" else tokenizers.OPENAI_SPECIAL,
+        special=FAMILIES[family].special,
         name=path.name,
     )
 
@@ -782,19 +348,12 @@ def take_apart(path: Path, family: str | None) -> Parts:
     parts.unet_groups, parts.autoencoder_groups = settings["norm_groups"]
     parts.heads, parts.prediction = settings["heads"], settings["prediction"]
     parts.name, parts.size = settings["name"], settings["size"]
+    parts.defaults = settings["defaults"]
     return parts
 
 
-def load_tokenizer(parts: Parts, vocab_size: int, max_length: int) -> tokenizers.Tokenizer:
-    if parts.family == "ldm":
-        tokenizer: tokenizers.Tokenizer = tokenizers.WordPieceTokenizer.load(
-            parts.vocabulary or BERT_VOCAB, max_length
-        )
-    else:
-        pad_id = 0 if parts.family == "sd2" else None
-        tokenizer = tokenizers.CLIPTokenizer.load(
-            parts.vocabulary, max_length, pad_id, vocab_size, parts.special
-        )
+def load_tokenizer(parts: Parts, vocab_size: int, max_length: int) -> Tokenizer:
+    tokenizer = FAMILIES[parts.family].tokenizer(parts, vocab_size, max_length)
     if tokenizer.vocab_size != vocab_size:
         raise CheckpointError(
             f"{parts.path}: its text encoder knows {vocab_size} tokens, its vocabulary has "
@@ -869,42 +428,35 @@ def load_model(
 
 
 def assemble(parts: Parts, device, dtype, prediction: str | None) -> LatentDiffusion:
-    heads, head_width = parts.heads, parts.head_width
-    if not heads and not head_width:
-        heads, head_width = (None, 64) if parts.family == "sd2" else (8, None)
-    unet = unet_config(
-        parts.unet, heads=heads, head_width=head_width, norm_groups=parts.unet_groups
-    )
+    """The networks of a checkpoint that was taken apart, built, filled and put together."""
+    family, path = FAMILIES[parts.family], parts.path
+    heads = dict(heads=parts.heads, head_width=parts.head_width)
+    heads = heads if any(heads.values()) else family.attention
+    unet = unet_config(parts.unet, **heads, norm_groups=parts.unet_groups)
     for width in unet.widths:
-        check_heads(parts.path, width, unet.heads_for(width))
+        check_heads(width, unet.heads_for(width))
     autoencoder = autoencoder_config(parts.autoencoder, norm_groups=parts.autoencoder_groups)
     if unet.channels != autoencoder.z_channels:
         raise CheckpointError(
-            f"{parts.path}: its UNet takes {unet.channels} channels, its latents have "
+            f"{path}: its UNet takes {unet.channels} channels, its latents have "
             f"{autoencoder.z_channels}; inpainting, depth and upscaling models are not supported"
         )
-    path, float32 = parts.path, torch.float32
-    if parts.family == "ldm":
-        text = bert_config(parts.text)
-        encoder = fill(lambda: BertTextEncoder(text), parts.text, float32, device, path)
-    else:
-        text = text_config(parts.text, parts.text_heads, quick_gelu=parts.family == "sd1")
-        check_heads(path, text.width, text.heads)
-        encoder = fill(lambda: CLIPTextEncoder(text), parts.text, float32, device, path)
+    text = family.config(parts.text, parts.text_heads)
+    told = prediction or parts.prediction or family.prediction
     model = LatentDiffusion(
         unet=fill(lambda: UNet(unet), parts.unet, dtype, device, path),
         autoencoder=fill(lambda: Autoencoder(autoencoder), parts.autoencoder, dtype, device, path),
-        text_encoder=encoder,
+        text_encoder=fill(lambda: family.encoder(text), parts.text, torch.float32, device, path),
         tokenizer=load_tokenizer(parts, text.vocab_size, text.max_length),
-        schedule=Schedule(*parts.betas, prediction or parts.prediction or "eps"),
+        schedule=Schedule(*parts.betas, told or "eps"),
         family=parts.family,
         name=parts.name,
         fingerprint=fingerprint(parts.unet["out.2.weight"]),
+        defaults=parts.defaults,
     )
-    if parts.family == "sd2" and not (prediction or parts.prediction):
+    if not told:
         model.schedule = Schedule(*parts.betas, measure_prediction(model))
-    sizes = {"ldm": 256, "sd1": 512, "sd2": 768 if model.schedule.prediction == "v" else 512}
-    model.size = parts.size or sizes[parts.family]
+    model.size = parts.size or family.size[model.schedule.prediction]
     return model
 
 
@@ -936,24 +488,6 @@ def load_clip(path: str | Path | None = None) -> CLIP:
         raise CheckpointError(str(error).replace(EXPECTED, CLIP_EXPECTED)) from error
 
 
-def towers_from_openai(state: State) -> State:
-    """OpenAI's layout in the names of `transformers`. Its two projections multiply from the right;
-    the .pt has three sizes as scalars, and a traced module keeps its mask beside its weights."""
-    unused = ("input_resolution", "context_length", "vocab_size")
-    state = {k: v for k, v in state.items() if k not in unused and not k.endswith("attn_mask")}
-    visual = part(state, "visual.")
-    text = {k: v for k, v in state.items() if not k.startswith("visual.")}
-    projections = {
-        "visual_projection.weight": visual.pop("proj").transpose(),
-        "text_projection.weight": text.pop("text_projection").transpose(),
-        "logit_scale": text.pop("logit_scale"),
-    }
-    towers = (("text_model", text), ("vision_model", visual))
-    return projections | {
-        f"{name}.{k}": v for name, tower in towers for k, v in clip_from_openai(tower).items()
-    }
-
-
 def assemble_clip(state: State, path: Path) -> CLIP:
     """Sizes come from the shapes. The heads (64 channels each) and QuickGELU are OpenAI's unless a
     config.json in the layout of `transformers` says otherwise, as LAION's do."""
@@ -982,8 +516,7 @@ def assemble_clip(state: State, path: Path) -> CLIP:
         ),
         width=state["text_projection.weight"].shape[0],
     )
-    for tower in (config.text, config.vision):
-        check_heads(path, tower.width, tower.heads)
+    check_heads(config.vision.width, config.vision.heads)
     return fill(lambda: CLIP(config), state, torch.float32, "cpu", path)
 
 

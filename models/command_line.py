@@ -27,7 +27,6 @@ import textinv
 from textinv import (
     RATES,
     TEMPLATES,
-    Concept,
     NotFinite,
     State,
     check_concepts,
@@ -40,8 +39,6 @@ from textinv import (
     hyperparameters,
     initial_vectors,
     is_one_word,
-    load_concept,
-    load_concepts,
     open_image,
     open_mask,
     plain_text,
@@ -53,12 +50,20 @@ from textinv import (
     warn_of_cuts,
 )
 
-from .checkpoint import BUNDLED, FAMILIES, holds_model, load_model, out_of_memory, stored_precision
-from .embeddings import FORMATS, Embedding, default_format, encode_embedding
+from .checkpoint import BUNDLED, FAMILIES, holds_model, load_model, stored_precision
+from .embeddings import (
+    FORMATS,
+    Concept,
+    default_format,
+    encode_concept,
+    load_concept,
+    load_concepts,
+)
 from .evaluation import Scorer, confidence, rank, read_captions, read_prompts
 from .files import Run, free_target, interruptible, write_file, write_png, write_table
 from .latent_diffusion import LatentDiffusion
 from .parallel import processes, rank_and_world, shared_out
+from .reading import out_of_memory
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -300,7 +305,7 @@ def run_invert(args: argparse.Namespace) -> int:
         return 0
     states = train(model, pictures, **options)
     start = initial_vectors(model, args.init_word, vectors)
-    encode_embedding(Embedding(placeholder, start), default_format(out.suffix), out.suffix)
+    encode_concept(Concept(placeholder, start), default_format(out.suffix), out.suffix)
     run.begin(anew=options["resume"] is None)
     write_png(run.path("inputs.png"), grid(pictures), {"what": "what the model sees"}, True)
     where = f", from step {begun} on" if begun else ""

@@ -6,7 +6,7 @@ diffusers: {placeholder: (V, D) or (D,)}, several vectors also as `name`, `name_
 kohya, ComfyUI, InvokeAI: {"emb_params": (V, D)}. OneTrainer: {"emp_params": (V, D)}, spelt so.
 
 What a file is follows from its content, not from its suffix. Nothing in it can run (pickles go
-through checkpoint.RestrictedUnpickler), and its sizes are checked before anything is allocated.
+through reading.RestrictedUnpickler), and its sizes are checked before anything is allocated.
 """
 
 import base64
@@ -23,7 +23,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from .checkpoint import ZIP, CheckpointError, Stored, Stub, TorchArchive, contents, open_safetensors
+from .files import write_file
+from .reading import ZIP, CheckpointError, Stored, Stub, TorchArchive, contents, open_safetensors
 
 SUFFIXES = {
     "diffusers": (".safetensors",),
@@ -60,18 +61,47 @@ class EmbeddingError(CheckpointError):
 
 
 @dataclass
-class Embedding:
-    """What a file holds of one word: its vectors (V, D), float32 and finite."""
+class Concept:
+    """A learnt word: what stands for it in prompts, and its vectors (V, D), float32.
+
+    V is 1 in the paper's main setup; more vectors act like several words in a row (section 5.2).
+    """
 
     placeholder: str
     vectors: Tensor
     metadata: dict[str, str] = field(default_factory=dict)
 
+    def save(
+        self,
+        path: str | Path,
+        overwrite: bool = False,
+        format: str | None = None,
+        picture: Image.Image | None = None,
+    ) -> None:
+        """Write the word to a file, all or nothing.
+
+        format: one of `FORMATS`, by default what the file's ending suggests; for .safetensors
+        {placeholder: (V, D)}, which diffusers reads as it is. picture: what a .png is drawn on.
+        Raises ValueError where the file exists or cannot be written.
+        """
+        path = Path(path)
+        format = format or default_format(path.suffix)
+        write_file(path, encode_concept(self, format, path.suffix, picture), overwrite)
+
 
 # --------------------------------------------------------------------------------------- reading
 
 
-def read_embeddings(path: str | Path) -> list[Embedding]:
+def load_concept(path: str | Path) -> Concept:
+    """The word of a file with one word; `load_concepts` reads files with several."""
+    concepts = load_concepts(path)
+    if len(concepts) > 1:
+        names = ", ".join(concept.placeholder for concept in concepts)
+        raise ValueError(f"{path} holds {len(concepts)} words ({names}); use load_concepts")
+    return concepts[0]
+
+
+def load_concepts(path: str | Path) -> list[Concept]:
     """The words in a file of any layout named above.
 
     Where the layout names no placeholder (A1111's .pt, kohya's, OneTrainer's), it is the one in
@@ -94,7 +124,7 @@ def read_embeddings(path: str | Path) -> list[Embedding]:
             if isinstance(value := content.get(theirs), (int, str)) and value != "":
                 metadata[ours] = str(value)
         metadata = {clean(k): clean(v) for k, v in metadata.items() if k != "placeholder"}
-    return [Embedding(name, v, dict(metadata)) for name, v in join_numbered(words).items()]
+    return [Concept(name, v, dict(metadata)) for name, v in join_numbered(words).items()]
 
 
 @contextmanager
@@ -242,8 +272,8 @@ def default_format(suffix: str) -> str:
     raise ValueError(f"words are not written as {suffix!r}; possible are .safetensors, .pt, .png")
 
 
-def encode_embedding(
-    embedding: Embedding, format: str, suffix: str, picture: Image.Image | None = None
+def encode_concept(
+    concept: Concept, format: str, suffix: str, picture: Image.Image | None = None
 ) -> bytes:
     """The file of a word (V, D), for the caller to write.
 
@@ -255,15 +285,15 @@ def encode_embedding(
     Raises ValueError for a format and suffix that do not go together, or a word that cannot be
     written.
     """
-    suffix, placeholder = suffix.lower(), embedding.placeholder
+    suffix, placeholder = suffix.lower(), concept.placeholder
     if suffix not in SUFFIXES.get(format, ()):
         possible = "; ".join(f"{name}: {' or '.join(s)}" for name, s in SUFFIXES.items())
         raise ValueError(f"{format!r} is not written as {suffix!r}; possible are {possible}")
     if placeholder in ("", "__metadata__") or placeholder != clean(placeholder).strip():
         raise ValueError(f"placeholder {placeholder!r} cannot be written; use one like <cat>")
     # Trap: torch.save writes all of the storage that a tensor is a view of.
-    vectors = checked(placeholder, stored(embedding.vectors.detach().cpu())).clone().contiguous()
-    metadata = embedding.metadata | {"placeholder": placeholder}
+    vectors = checked(placeholder, stored(concept.vectors.detach().cpu())).clone().contiguous()
+    metadata = concept.metadata | {"placeholder": placeholder}
     if suffix == ".safetensors":
         return save({placeholder if format == "diffusers" else format: vectors}, metadata)
     if format == "paper":

@@ -7,7 +7,7 @@ adds happens in `embed`: ids that are not in the vocabulary are looked up in lea
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .autoencoder import Autoencoder
-from .bert import BertTextEncoder
-from .clip import CLIPTextEncoder
+from .embeddings import Concept
 from .prompts import escape, split_weights
 from .schedule import Schedule
 from .tokenizers import Placeholders, Tokenizer, any_of
@@ -27,24 +26,28 @@ from .unet import UNet
 SCALE_FACTOR = 0.18215
 
 
-class Word(Protocol):
-    """What `encode_text` needs of a concept."""
+class TextEncoder(Protocol):
+    """What `LatentDiffusion` asks of a text encoder, an nn.Module."""
 
-    placeholder: str
-    vectors: Tensor  # (V, D)
+    token_table: Tensor  # (vocab_size, D), the frozen embeddings that words are looked up in
+
+    def __call__(self, embeddings: Tensor) -> Tensor:
+        """Context (B, L, D) of token embeddings (B, L, D)."""
 
 
 @dataclass
 class LatentDiffusion:
     unet: UNet
     autoencoder: Autoencoder
-    text_encoder: BertTextEncoder | CLIPTextEncoder
+    text_encoder: TextEncoder
     tokenizer: Tokenizer
     schedule: Schedule
     family: str  # "ldm", "sd1" or "sd2"
     name: str = ""  # of the file or folder; "emoji" for the bundled model, an LDM
     size: int = 512  # side of the square pictures it was trained on, pixels
     fingerprint: str = ""  # tells base models apart, whatever precision they are stored in
+    # What suits it, where that is not the paper's: steps, batch_size, lr, guidance_scale.
+    defaults: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self):
         for module in (self.unet, self.autoencoder, self.text_encoder):
@@ -73,7 +76,7 @@ class LatentDiffusion:
 
     # ---------------------------------------------------------------------------------- text
 
-    def placeholders(self, concepts: Sequence[Word]) -> Placeholders:
+    def placeholders(self, concepts: Sequence[Concept]) -> Placeholders:
         """Each placeholder with the ids of its vectors: consecutive, from `vocab_size` on."""
         ids: dict[str, range] = {}
         first = self.tokenizer.vocab_size
@@ -96,7 +99,7 @@ class LatentDiffusion:
         learnt = vectors[(ids - self.tokenizer.vocab_size).clamp(min=0)]
         return torch.where(new[..., None], learnt, frozen)
 
-    def encode_text(self, prompts: Sequence[str], concepts: Sequence[Word] = ()) -> Tensor:
+    def encode_text(self, prompts: Sequence[str], concepts: Sequence[Concept] = ()) -> Tensor:
         """Context (B, L, D), float32, of prompts that may hold the concepts' placeholders.
 
         Differentiable with respect to the concepts' vectors. What does not fit into L tokens is
@@ -107,16 +110,18 @@ class LatentDiffusion:
             [self.tokenizer.token_ids(p, placeholders) for p in prompts], concepts
         )
 
-    def encode_ids(self, rows: list[list[int]], concepts: Sequence[Word]) -> Tensor:
-        """`encode_text` of ids, as many as there are, without start and end."""
-        tokens = [self.tokenizer.pad(self.tokenizer.frame(ids)) for ids in rows]
-        ids = torch.tensor(tokens, device=self.device)
+    def encode_ids(self, rows: list[list[int]], concepts: Sequence[Concept]) -> Tensor:
+        """`encode_text` of ids, as many as there are, without start and end; equal rows once."""
+        tokens = [tuple(self.tokenizer.pad(self.tokenizer.frame(ids))) for ids in rows]
+        distinct = list(dict.fromkeys(tokens))
+        ids = torch.tensor(distinct, device=self.device)
         vectors = None
         if concepts:
             vectors = torch.cat([c.vectors.to(self.device, torch.float32) for c in concepts])
-        return self.text_encoder(self.embed(ids, vectors))
+        context = self.text_encoder(self.embed(ids, vectors))
+        return context[[distinct.index(row) for row in tokens]]
 
-    def weighted_ids(self, prompt: str, concepts: Sequence[Word]) -> list[tuple[int, float]]:
+    def weighted_ids(self, prompt: str, concepts: Sequence[Concept]) -> list[tuple[int, float]]:
         """The ids of a prompt, without start and end, each with its weight (models/prompts.py)."""
         placeholders = self.placeholders(concepts)
         if placeholders:  # one like [V] is no bracket
@@ -124,7 +129,7 @@ class LatentDiffusion:
         pieces = split_weights(prompt)
         return [(i, w) for text, w in pieces for i in self.tokenizer.token_ids(text, placeholders)]
 
-    def encode_prompts(self, prompts: Sequence[str], concepts: Sequence[Word] = ()) -> Tensor:
+    def encode_prompts(self, prompts: Sequence[str], concepts: Sequence[Concept] = ()) -> Tensor:
         """Context (B, L, D) as `encode_text` makes it, where brackets weigh what is in them.
 
         Each token's output is multiplied by its weight, then the whole prompt by what brings its

@@ -1,4 +1,4 @@
-"""The noise schedule, and what follows from it: noising, targets, DDPM and DDIM steps.
+"""The noise schedule, and what follows from it: noising, targets, the steps of DDIM and DDPM.
 
 [1] Ho et al. 2020, "Denoising Diffusion Probabilistic Models" (DDPM)
 [2] Song et al. 2021, "Denoising Diffusion Implicit Models" (DDIM)
@@ -48,8 +48,8 @@ class Schedule:
         a = torch.where(t < 0, 1.0, self.alphas_cumprod[t.clamp(min=0)])
         return a.reshape(-1, *[1] * (like.ndim - 1)).to(like.device)
 
-    def q_sample(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """A sample of q(x_t | x_0) [1, eq. 4]: x_0 (B, ...) noised to timesteps t (B,)."""
+    def q_sample(self, x_0: Tensor, t: Tensor | int, noise: Tensor) -> Tensor:
+        """A sample of q(x_t | x_0) [1, eq. 4]: x_0 (B, ...) noised to timesteps t (B,), or one."""
         a = self.a(t, x_0)
         return a.sqrt().to(x_0.dtype) * x_0 + (1 - a).sqrt().to(x_0.dtype) * noise
 
@@ -68,30 +68,6 @@ class Schedule:
             return (x_t - sigma * prediction) / signal, prediction
         return signal * x_t - sigma * prediction, signal * prediction + sigma * x_t
 
-    def ddpm_step(
-        self,
-        x_t: Tensor,
-        t: int,
-        prediction: Tensor,
-        noise: Tensor,
-        t_prev: int | None = None,
-        clip: bool = False,
-    ) -> Tensor:
-        """A sample of p(x_{t_prev} | x_t) [1, eq. 6 and 7], with the smaller of its two variances.
-
-        `t_prev` is t - 1 unless given. `clip` clamps the predicted x_0 to [-1, 1], for models
-        that work on pixels. No noise is added at t = 0.
-        """
-        t_prev = t - 1 if t_prev is None else t_prev
-        a_t, a_prev = self.a(t, x_t), self.a(t_prev, x_t)
-        alpha = a_t / a_prev  # of the one step from t_prev to t
-        x_0, _ = self.x_0_and_eps(x_t, t, prediction)
-        x_0 = x_0.clamp(-1, 1) if clip else x_0
-        mean = (a_prev.sqrt() * (1 - alpha) / (1 - a_t)).to(x_t.dtype) * x_0
-        mean = mean + (alpha.sqrt() * (1 - a_prev) / (1 - a_t)).to(x_t.dtype) * x_t
-        variance = (1 - a_prev) / (1 - a_t) * (1 - alpha)
-        return mean + variance.sqrt().to(x_t.dtype) * noise if t > 0 else mean
-
     def ddim_step(
         self,
         x_t: Tensor,
@@ -101,18 +77,20 @@ class Schedule:
         eta: float = 0.0,
         noise: Tensor | None = None,
     ) -> Tensor:
-        """x at `t_prev` from x at `t` [2, eq. 12]. eta 0 draws no noise, eta 1 as much as DDPM.
+        """x at `t_prev` from x at `t` [2, eq. 12].
 
-        With eta 0 the step may also go up (t_prev > t), which is DDIM inversion.
+        eta 0 draws no noise: the predicted x_0 is noised anew with the predicted eps. Such a step
+        may also go up (t_prev > t), which is DDIM inversion. eta 1 is DDPM [1, eq. 6 and 7]: a
+        sample of p(x_{t_prev} | x_t) with the smaller of its two variances.
         """
-        a_t, a_prev = self.a(t, x_t), self.a(t_prev, x_t)
         x_0, eps = self.x_0_and_eps(x_t, t, prediction)
-        variance = torch.zeros_like(a_t)
-        if eta:
-            variance = eta**2 * (1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)
+        if not eta:
+            return self.q_sample(x_0, t_prev, eps)
+        a_t, a_prev = self.a(t, x_t), self.a(t_prev, x_t)
+        variance = eta**2 * (1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)
         x = a_prev.sqrt().to(x_t.dtype) * x_0
         x = x + (1 - a_prev - variance).sqrt().to(x_t.dtype) * eps
-        return x + variance.sqrt().to(x_t.dtype) * noise if eta else x
+        return x + variance.sqrt().to(x_t.dtype) * noise
 
     def ddim_timesteps(self, steps: int) -> list[int]:
         """`steps` evenly spaced timesteps, falling: 981, 961, ..., 21, 1 for 50 steps.

@@ -22,9 +22,11 @@ from torch import Tensor
 from models import checkpoint
 from models.autoencoder import Autoencoder, AutoencoderConfig
 from models.bert import BertConfig, BertTextEncoder
-from models.checkpoint import CheckpointError, Stored, load_clip, load_model
+from models.checkpoint import load_clip, load_model
 from models.clip import CLIP, CLIPTextEncoder
 from models.latent_diffusion import LatentDiffusion
+from models.naming import autoencoder_from_diffusers, text_from_open_clip, unet_from_diffusers
+from models.reading import CheckpointError, Stored
 from models.unet import UNet, UNetConfig
 
 TINY = GOLDEN / "tiny"
@@ -259,8 +261,8 @@ def test_diffusers_names(version, kind):
     entry = golden_keys(f"map-sd-v{version}-{kind}-compvis-to-diffusers")
     prefix = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}[kind]
     convert = {
-        "unet": checkpoint.unet_from_diffusers,
-        "vae": checkpoint.autoencoder_from_diffusers,
+        "unet": unet_from_diffusers,
+        "vae": autoencoder_from_diffusers,
     }[kind]
     expected = {ours.removeprefix(prefix): theirs for ours, theirs in entry["map"].items()}
     names = {key: Stored((1,), key) for key in entry["map"].values()}
@@ -274,7 +276,7 @@ def test_open_clip_names():
     names = golden_keys("map-sd-v2-text-openclip-to-transformers")["map"]
     values = {key: torch.arange(3.0) + 10 * i for i, key in enumerate(names)}
     state = {k: Stored((3,), lambda dtype, v=v: v) for k, v in values.items()}
-    found = {k: s.read(None) for k, s in checkpoint.text_from_open_clip(state).items()}
+    found = {k: s.read(None) for k, s in text_from_open_clip(state).items()}
     expected = {}
     for key, theirs in names.items():
         if isinstance(theirs, list):

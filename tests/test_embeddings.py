@@ -26,15 +26,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import textinv
-from models.checkpoint import BERT_VOCAB, CheckpointError
+from models.checkpoint import BERT_VOCAB
 from models.embeddings import (
     FORMATS,
     MAX_TABLE,
-    Embedding,
+    Concept,
     default_format,
-    encode_embedding,
-    read_embeddings,
+    encode_concept,
+    load_concepts,
 )
+from models.reading import CheckpointError
 from models.tokenizers import CLIPTokenizer, WordPieceTokenizer
 
 TINY = GOLDEN / "tiny"
@@ -57,7 +58,7 @@ def same_bits(a, b):
 
 
 def read_one(path):
-    (word,) = read_embeddings(path)
+    (word,) = load_concepts(path)
     assert word.vectors.dtype == torch.float32 and word.vectors.ndim == 2
     return word
 
@@ -65,7 +66,7 @@ def read_one(path):
 def refused(path, match):
     """Reading fails with one printable line that names the file and says `match`."""
     with pytest.raises(CheckpointError, match=match) as caught:
-        read_embeddings(path)
+        load_concepts(path)
     message = str(caught.value)
     assert message.startswith(str(path)) and message.isprintable() and len(message) < 700
     return message
@@ -82,9 +83,9 @@ def test_round_trip_is_exact(format, suffix, count, width, tmp_path):
     limits = torch.finfo(torch.float32)
     v[0, :6] = torch.tensor([-0.0, 1e-45, limits.max, limits.min, limits.tiny, 1 / 3])
     metadata = ORIGIN | {"init_word": "cat", "learnt": "\N{SNOWMAN}"}
-    word = Embedding("<Mü 👩‍🚀>", v, metadata)
+    word = Concept("<Mü 👩‍🚀>", v, metadata)
     path = tmp_path / f"my.word{suffix}"
-    path.write_bytes(encode_embedding(word, format, suffix))
+    path.write_bytes(encode_concept(word, format, suffix))
     again = read_one(path)
     assert same_bits(again.vectors, v)
     name = {"paper": "*", "a1111": "my.word"}.get(format, word.placeholder)
@@ -98,31 +99,31 @@ def test_round_trip_is_exact(format, suffix, count, width, tmp_path):
 def test_a_view_of_a_table_is_written_without_the_table(format, suffix, dtype, tmp_path):
     table = nn.Parameter(vectors(5000, 64).to(dtype))
     path = tmp_path / f"w{suffix}"
-    path.write_bytes(encode_embedding(Embedding("<w>", table[7:9]), format, suffix.upper()))
+    path.write_bytes(encode_concept(Concept("<w>", table[7:9]), format, suffix.upper()))
     assert same_bits(read_one(path).vectors, table[7:9].detach().float())
     assert path.stat().st_size < 100_000  # the table has 640,000 or more
 
 
 def test_files_hold_what_their_programs_expect(tmp_path):
     v = vectors()
-    word = Embedding("<cat>", v, ORIGIN)
+    word = Concept("<cat>", v, ORIGIN)
     for format, key in (("diffusers", "<cat>"), ("emb_params", "emb_params")):
         path = tmp_path / f"{format}.safetensors"
-        path.write_bytes(encode_embedding(word, format, ".safetensors"))
+        path.write_bytes(encode_concept(word, format, ".safetensors"))
         assert list(load_file(path)) == [key]
         content = path.read_bytes()
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         assert header["__metadata__"] == ORIGIN | {"placeholder": "<cat>"}
-    paper = load_ours(encode_embedding(word, "paper", ".pt"))
+    paper = load_ours(encode_concept(word, "paper", ".pt"))
     assert set(paper) == {"string_to_token", "string_to_param"}
     assert type(paper["string_to_param"]) is nn.ParameterDict
     assert same_bits(paper["string_to_param"]["*"].detach(), v)
-    a1111 = load_ours(encode_embedding(word, "a1111", ".pt"))
+    a1111 = load_ours(encode_concept(word, "a1111", ".pt"))
     fields = "string_to_token string_to_param name step sd_checkpoint sd_checkpoint_name"
     assert list(a1111) == fields.split()
     assert a1111["string_to_token"] == {"*": 265} and a1111["name"] == "<cat>"
     assert (a1111["step"], a1111["sd_checkpoint_name"]) == (500, "v1-5")
-    bare = load_ours(encode_embedding(Embedding("<cat>", v, {"steps": "many"}), "a1111", ".pt"))
+    bare = load_ours(encode_concept(Concept("<cat>", v, {"steps": "many"}), "a1111", ".pt"))
     assert bare["step"] is bare["sd_checkpoint"] is bare["sd_checkpoint_name"] is None
 
 
@@ -134,7 +135,7 @@ def test_the_papers_token_is_the_tokenizers():
     (clip,) = CLIPTokenizer.load().token_ids("*")
     (bert,) = WordPieceTokenizer.load(BERT_VOCAB).token_ids("*")
     for width, token in ((768, clip), (1024, clip), (1280, bert)):
-        content = load_ours(encode_embedding(Embedding("<w>", vectors(1, width)), "paper", ".pt"))
+        content = load_ours(encode_concept(Concept("<w>", vectors(1, width)), "paper", ".pt"))
         stored = content["string_to_token"]["*"]
         assert stored == token and stored.dtype == torch.int64 and stored.shape == ()
 
@@ -151,7 +152,7 @@ def test_formats_and_suffixes(tmp_path):
     suffixes = (".safetensors", ".pt", ".png", ".bin", "")
     for format, suffix in {(f, s) for f in (*FORMATS, "kohya") for s in suffixes} - set(KINDS):
         with pytest.raises(ValueError, match=r"possible are.*a1111: \.pt or \.png"):
-            encode_embedding(Embedding("<w>", vectors()), format, suffix)
+            encode_concept(Concept("<w>", vectors()), format, suffix)
 
 
 @pytest.mark.parametrize(
@@ -171,25 +172,25 @@ def test_formats_and_suffixes(tmp_path):
 def test_nothing_is_written_that_could_not_be_read(placeholder, v):
     for format, suffix in KINDS:
         with pytest.raises(ValueError):
-            encode_embedding(Embedding(placeholder, v), format, suffix)
+            encode_concept(Concept(placeholder, v), format, suffix)
 
 
 def test_too_many_vectors_for_a_picture():
     with pytest.raises(ValueError, match="too many"):
-        encode_embedding(Embedding("<w>", vectors(500)), "a1111", ".png")
-    encode_embedding(Embedding("<w>", vectors(77, 1280)), "a1111", ".png")  # a whole prompt
+        encode_concept(Concept("<w>", vectors(500)), "a1111", ".png")
+    encode_concept(Concept("<w>", vectors(77, 1280)), "a1111", ".png")  # a whole prompt
 
 
 def test_pictures(tmp_path):
     path = tmp_path / "w.png"
     for placeholder in ("<cat>", "\N{SOFT HYPHEN}", "<猫>", "w" * 300):
-        path.write_bytes(encode_embedding(Embedding(placeholder, vectors()), "a1111", ".png"))
+        path.write_bytes(encode_concept(Concept(placeholder, vectors()), "a1111", ".png"))
         card = np.asarray(Image.open(path).convert("L"))
         assert card.shape == (512, 512) and card[:32].max() == 0
         assert read_one(path).placeholder == placeholder
     assert card.max() > 100
     picture = Image.effect_noise((40, 30), 50).convert("RGBA")
-    path.write_bytes(encode_embedding(Embedding("<w>", vectors()), "a1111", ".png", picture))
+    path.write_bytes(encode_concept(Concept("<w>", vectors()), "a1111", ".png", picture))
     assert np.array_equal(np.asarray(Image.open(path)), np.asarray(picture.convert("RGB")))
 
 
@@ -221,7 +222,7 @@ def test_the_papers_file(old, strings, tmp_path):
     tokens = {s: torch.tensor(i) for i, s in enumerate(strings)}
     path = tmp_path / "embeddings_gs-4999.pt"
     torch.save({"string_to_token": tokens, "string_to_param": parameters}, path)
-    words = read_embeddings(path)
+    words = load_concepts(path)
     assert [word.placeholder for word in words] == strings
     assert all(same_bits(word.vectors, table[word.placeholder]) for word in words)
     assert all(word.metadata == {} for word in words)
@@ -316,7 +317,7 @@ def test_diffusers(save, suffix, tmp_path):
         assert read_one(path).placeholder == "<c>" and same_bits(read_one(path).vectors, v)
     names = ("a", "b_1", "a_1_1", "a_1", "c_2", "a_3")
     save({n: v[i].clone() for i, n in enumerate(names)} | {"b": v[:2].clone()}, path)
-    found = {word.placeholder: word.vectors for word in read_embeddings(path)}
+    found = {word.placeholder: word.vectors for word in load_concepts(path)}
     assert {name: len(w) for name, w in found.items()} == {
         "a": 2,
         "b": 2,
@@ -367,7 +368,7 @@ A1111_GLOBALS = re.compile(
 @pytest.mark.parametrize(("format", "suffix"), KINDS)
 def test_a1111_reads_ours(format, suffix, tmp_path):
     v, path = vectors(3), tmp_path / f"w{suffix}"
-    path.write_bytes(encode_embedding(Embedding("<w>", v), format, suffix))
+    path.write_bytes(encode_concept(Concept("<w>", v), format, suffix))
     if suffix == ".safetensors":
         content = load_file(path)
     elif suffix == ".png":
@@ -416,10 +417,10 @@ def pipeline():
 def test_diffusers_draws_the_same_with_ours(format, count, tmp_path):
     model = textinv.load_model(TINY / "sd1/diffusers", device="cpu", dtype=torch.float32)
     v = model.text_encoder.token_table.std() * vectors(count, 32)
-    word = Embedding("<cat>", v)
+    word = Concept("<cat>", v)
     suffix = ".safetensors" if format == "diffusers" else ".pt"
     path = tmp_path / f"word{suffix}"
-    path.write_bytes(encode_embedding(word, format, suffix))
+    path.write_bytes(encode_concept(word, format, suffix))
     pipe = pipeline()
     pipe.load_textual_inversion(str(path))
     prompt = "a photo of a <cat> on the beach"
@@ -590,7 +591,7 @@ def test_files_of_torch_before_1_6(tmp_path):
 def test_truncated_and_scrambled_files(format, suffix, tmp_path):
     path, whole = (
         tmp_path / f"w{suffix}",
-        encode_embedding(Embedding("<w>", vectors(1, 8)), format, suffix, Image.new("L", (8, 8))),
+        encode_concept(Concept("<w>", vectors(1, 8)), format, suffix, Image.new("L", (8, 8))),
     )
     text_end = whole.find(b"IDAT") - 8 if suffix == ".png" else len(whole)
     for size in (0, 1, 7, 8, 9, 30, 100, text_end // 2, text_end - 1 - 4 * (suffix == ".png")):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import textinv
 from models import evaluation
-from models.checkpoint import BUNDLED, CheckpointError, load_clip
+from models.checkpoint import BUNDLED, load_clip
 from models.clip import preprocess
 from models.evaluation import (
     KINDS,
@@ -41,6 +41,7 @@ from models.evaluation import (
     welch,
     without_placeholder,
 )
+from models.reading import CheckpointError
 from models.tokenizers import CLIPTokenizer, WordPieceTokenizer
 
 TINY = GOLDEN / "tiny" / "clip"

@@ -16,8 +16,8 @@ from PIL import Image
 from safetensors.torch import save, save_file
 
 import textinv
-from models.checkpoint import rebuild_tensor
 from models.embeddings import FORMATS, SUFFIXES
+from models.reading import rebuild_tensor
 
 TINY = Path(__file__).resolve().parent / "golden" / "tiny"
 

@@ -127,7 +127,7 @@ def test_templates_may_differ_from_picture_to_picture(model):
 
 @pytest.mark.parametrize("rate, factor", [("base", 1), ("high", 4), ("low", 0.02)])
 def test_named_learning_rates_are_the_papers_multiples(model, rate, factor):
-    base = textinv.TRAINING["emoji"]["lr"]
+    base = model.defaults["lr"]
     assert textinv.hyperparameters(model, None, None, rate)[2] == pytest.approx(base * factor)
     assert textinv.PAPER["lr"] * factor == pytest.approx({1: 5e-3, 4: 2e-2, 0.02: 1e-4}[factor])
 

@@ -1,0 +1,178 @@
+"""The names of tensors in other programs' files, as our modules have them.
+
+Our modules carry the CompVis key names (text encoders of Stable Diffusion and CLIP those of
+`transformers`, which CompVis files have too), so single files load unrenamed; the diffusers layout,
+open_clip's and OpenAI's CLIP are renamed here, on whole dotted segments.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+
+from .reading import State
+
+
+def count(keys: Iterable[str], pattern: str) -> int:
+    """How many different numbers the pattern's group matches."""
+    return len({m[1] for k in keys if (m := re.match(pattern, k))})
+
+
+def part(state: State, prefix: str) -> State:
+    return {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+
+
+def rename(key: str, table: Mapping[str, str]) -> str:
+    """The key with every run of whole dotted segments that the table knows replaced, in order."""
+    dotted = f".{key}."
+    for old, new in table.items():
+        dotted = dotted.replace(f".{old}.", f".{new}.")
+    return dotted[1:-1]
+
+
+UNET_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+UNET_OUTSIDE = {
+    "conv_in": "input_blocks.0.0",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+}
+VAE_NAMES = {
+    "conv_shortcut": "nin_shortcut",
+    "conv_norm_out": "norm_out",
+    "downsamplers.0": "downsample",
+    "upsamplers.0": "upsample",
+    "mid_block.resnets.0": "mid.block_1",
+    "mid_block.resnets.1": "mid.block_2",
+    "mid_block.attentions.0": "mid.attn_1",
+    "resnets": "block",
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+    # diffusers before 0.15, and so every published Stable Diffusion folder
+    "query": "q",
+    "key": "k",
+    "value": "v",
+    "proj_attn": "proj_out",
+}
+# open_clip's and OpenAI's names to those of `transformers`
+CLIP_NAMES = {
+    "resblocks": "layers",
+    "transformer": "encoder",
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn": "self_attn",
+    "c_fc": "fc1",
+    "c_proj": "fc2",
+    "token_embedding": "embeddings.token_embedding",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "ln_final": "final_layer_norm",
+    "class_embedding": "embeddings.class_embedding",
+    "conv1": "embeddings.patch_embedding",
+    "ln_pre": "pre_layrnorm",
+    "ln_post": "post_layernorm",
+}
+
+
+def unet_from_diffusers(state: State) -> State:
+    """CompVis counts all blocks of one way in a row; diffusers counts by level and kind."""
+    blocks = count(state, r"down_blocks\.0\.resnets\.(\d+)\.")
+
+    def name(key: str) -> str:
+        match = re.match(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)", key)
+        if not match:
+            key = rename(key, UNET_OUTSIDE)
+            return rename(key, UNET_RESNET) if re.match(r"middle_block\.[02]\.", key) else key
+        way, level, kind, index, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
+        if way == "down":
+            first, side = 1 + level * (blocks + 1), "input_blocks"
+        else:
+            first, side = level * (blocks + 1), "output_blocks"
+        if kind == "resnets":
+            return f"{side}.{first + index}.0.{rename(rest, UNET_RESNET)}"
+        if kind == "attentions":
+            return f"{side}.{first + index}.1.{rest}"
+        if kind == "downsamplers":
+            return f"{side}.{first + blocks}.0.{rename(rest, {'conv': 'op'})}"
+        attended = f"up_blocks.{level}.attentions.0.norm.weight" in state
+        return f"{side}.{first + blocks}.{2 if attended else 1}.{rest}"
+
+    return {name(k): v for k, v in state.items()}
+
+
+def autoencoder_from_diffusers(state: State) -> State:
+    """The decoder's levels are counted from the other end; 1x1 convolutions come as matrices."""
+    levels = count(state, r"decoder\.up_blocks\.(\d+)\.")
+
+    def level(match: re.Match) -> str:
+        number = int(match[2])
+        return f"{match[1]}.{number if match[1] == 'down' else levels - 1 - number}."
+
+    def name(key: str) -> str:
+        return rename(re.sub(r"(down|up)_blocks\.(\d+)\.", level, key), VAE_NAMES)
+
+    renamed = {name(k): v for k, v in state.items()}
+    return {
+        k: v.reshape(*v.shape, 1, 1) if ".attn_1." in k and len(v.shape) == 2 else v
+        for k, v in renamed.items()
+    }
+
+
+def clip_from_openai(state: State) -> State:
+    """open_clip's or OpenAI's names of one tower; the stacked in_proj is cut into q, k and v."""
+    renamed: State = {}
+    for key, tensor in state.items():
+        key = rename(key, CLIP_NAMES)
+        if match := re.fullmatch(r"(.+\.self_attn)\.in_proj_(weight|bias)", key):
+            for letter, third in zip("qkv", tensor.thirds()):
+                renamed[f"{match[1]}.{letter}_proj.{match[2]}"] = third
+        else:
+            renamed[key] = tensor
+    return renamed
+
+
+def text_from_transformers(state: State) -> State:
+    """CLIP's text tower under `text_model.`, which some files leave out; no position_ids."""
+    return {
+        "text_model." + k.removeprefix("text_model."): v
+        for k, v in state.items()
+        if not k.endswith("position_ids")
+    }
+
+
+def text_from_open_clip(state: State) -> State:
+    """SD 2's text encoder. Its last block is left out: the model takes the one before."""
+    unused = ("text_projection", "logit_scale")
+    tower = {k: v for k, v in state.items() if k not in unused and not k.endswith("attn_mask")}
+    last = count(tower, r"transformer\.resblocks\.(\d+)\.") - 1
+    tower = {k: v for k, v in tower.items() if f".resblocks.{last}." not in k}
+    return text_from_transformers(clip_from_openai(tower))
+
+
+def towers_from_openai(state: State) -> State:
+    """OpenAI's layout in the names of `transformers`. Its two projections multiply from the right;
+    the .pt has three sizes as scalars, and a traced module keeps its mask beside its weights."""
+    unused = ("input_resolution", "context_length", "vocab_size")
+    state = {k: v for k, v in state.items() if k not in unused and not k.endswith("attn_mask")}
+    visual = part(state, "visual.")
+    text = {k: v for k, v in state.items() if not k.startswith("visual.")}
+    projections = {
+        "visual_projection.weight": visual.pop("proj").transpose(),
+        "text_projection.weight": text.pop("text_projection").transpose(),
+        "logit_scale": text.pop("logit_scale"),
+    }
+    towers = (("text_model", text), ("vision_model", visual))
+    return projections | {
+        f"{name}.{k}": v for name, tower in towers for k, v in clip_from_openai(tower).items()
+    }
