@@ -399,13 +399,13 @@ def train(
     mean, std = latent_moments(model, seen)
 
     start = initial_vectors(model, init_word, vectors).to(model.device)
-    metadata = dict(init_word=init_word, steps=0, lr=lr * batch_size, batch_size=batch_size)
+    metadata = dict(init_word=init_word, steps=0, lr=lr, batch_size=batch_size)
     metadata |= dict(seed=seed, base_model=model.name, base_model_hash=model.fingerprint)
     metadata |= dict(templates=json.dumps(texts[0]))
     word = Concept(placeholder, start.clone(), {k: str(v) for k, v in metadata.items()})
     image_words = first_image_words(model, placeholder, len(pixels)) if per_image else []
     words = [word, *image_words]
-    check_prompts(model, [fill(text, words, -1) for own in texts for text in own], words)
+    check_prompts(model, [prompt_for(text, words, -1) for own in texts for text in own], words)
     parameters = [w.vectors.requires_grad_() for w in words]
     optimizer = torch.optim.AdamW(parameters, lr=lr * batch_size, weight_decay=weight_decay)
     done = restore(parameters, optimizer, resume) if resume else 0
@@ -423,7 +423,7 @@ def train(
                 draw, generator = draws_of_step(seed, step)
                 rows, *batch = draw_batch(model, mean, std, batch_size, generator)
                 shown = [picture[i] for i in rows]
-                prompts = [fill(draw.choice(texts[i]), words, i) for i in shown]
+                prompts = [prompt_for(draw.choice(texts[i]), words, i) for i in shown]
                 if progressive:
                     used = 1 + (step - 1) * 5 // (2 * steps)
                     words[0] = replace(word, vectors=parameters[0][:used])
@@ -499,7 +499,7 @@ def check_prompts(model: LatentDiffusion, prompts: Sequence[str], words: Sequenc
             )
 
 
-def fill(template: str, words: Sequence[Concept], picture: int) -> str:
+def prompt_for(template: str, words: Sequence[Concept], picture: int) -> str:
     """The prompt for a picture: the word in its place, then the picture's own word, if any."""
     prompt = template.replace("{}", words[0].placeholder)
     return f"{prompt} with {words[1:][picture].placeholder}" if len(words) > 1 else prompt

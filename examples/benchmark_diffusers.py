@@ -110,15 +110,15 @@ def in_turns(ours, theirs, rounds: int, device: torch.device) -> tuple[float, fl
 
 def compare(model: textinv.LatentDiffusion, states, args) -> dict:
     """Ours against theirs: a training step of the run that is under way, and sampling."""
-    parts = components(model)
+    parts, steps = components(model), args.ddim_steps
     theirs = their_step(model, *parts, args.batch_size, args.gradient_checkpointing)
-    row = {}
-    ours = lambda: next(states)
-    a, b, ratios = in_turns(ours, theirs, args.steps, model.device)
-    row |= dict(ours_step_s=a, diffusers_step_s=b, step_ratio=median(ratios))
-    row |= dict(step_ratio_low=ratios[0], step_ratio_high=ratios[-1])
-    steps = args.ddim_steps
     draw = lambda: textinv.sample(model, "a photo of a toy", steps=steps)
-    a, b, ratios = in_turns(draw, their_sample(model, *parts, steps), 2, model.device)
-    row |= dict(ours_picture_s=a, diffusers_picture_s=b, picture_ratio=median(ratios))
-    return row | dict(picture_ratio_low=ratios[0], picture_ratio_high=ratios[-1])
+    pairs = {"step": (lambda: next(states), theirs, args.steps)}
+    pairs["picture"] = (draw, their_sample(model, *parts, steps), 2)
+    found = {}
+    for what, (ours, theirs, rounds) in pairs.items():
+        a, b, ratios = in_turns(ours, theirs, rounds, model.device)
+        found |= {f"{what}: ours in turns, s": a, f"{what}: diffusers, s": b}
+        spread = f"{median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        found[f"{what}: ratio (lowest, highest)"] = spread
+    return found

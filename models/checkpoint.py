@@ -11,11 +11,11 @@ import math
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .autoencoder import Autoencoder, AutoencoderConfig
 from .bert import BertConfig, BertTextEncoder
@@ -30,7 +30,7 @@ from .naming import (
     towers_from_openai,
     unet_from_diffusers,
 )
-from .reading import EXPECTED, CheckpointError, State, Stored, checking, contents, open_state, some
+from .reading import EXPECTED, CheckpointError, Tensors, checking, contents, open_state, some
 from .schedule import Schedule
 from .tokenizers import (
     OPEN_CLIP_SPECIAL,
@@ -48,7 +48,7 @@ BETAS = (0.00085, 0.012)  # LDM text2img-large and Stable Diffusion alike
 # ------------------------------------------------------------------------- sizes from the shapes
 
 
-def unet_config(state: State, **known) -> UNetConfig:
+def unet_config(state: Tensors, **known) -> UNetConfig:
     """Sizes of a UNet; `known` are the heads and the groups, which shapes do not tell."""
     levels: list[list[int]] = [[]]
     attention = set()
@@ -72,7 +72,7 @@ def unet_config(state: State, **known) -> UNetConfig:
     )
 
 
-def autoencoder_config(state: State, **known) -> AutoencoderConfig:
+def autoencoder_config(state: Tensors, **known) -> AutoencoderConfig:
     levels = range(count(state, r"encoder\.down\.(\d+)\."))
     return AutoencoderConfig(
         widths=tuple(state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in levels),
@@ -82,7 +82,7 @@ def autoencoder_config(state: State, **known) -> AutoencoderConfig:
     )
 
 
-def bert_config(state: State) -> BertConfig:
+def bert_config(state: Tensors) -> BertConfig:
     vocab_size, width = state["transformer.token_emb.weight"].shape
     return BertConfig(
         width=width,
@@ -97,7 +97,7 @@ def check_heads(width: int, heads: int | None) -> None:
         raise ValueError(f"{heads!r} attention heads do not divide {width} channels")
 
 
-def text_config(state: State, heads: int | None, quick_gelu: bool) -> TextConfig:
+def text_config(state: Tensors, heads: int | None, quick_gelu: bool) -> TextConfig:
     """`heads` None: 64 channels each, as in every published CLIP."""
     vocab_size, width = state["text_model.embeddings.token_embedding.weight"].shape
     heads = heads or max(1, width // 64)
@@ -117,12 +117,17 @@ def text_config(state: State, heads: int | None, quick_gelu: bool) -> TextConfig
 
 @dataclass(frozen=True)
 class Family:
-    """What tells LDM, Stable Diffusion 1 and 2 apart, beside the sizes, which shapes tell."""
+    """What tells LDM, Stable Diffusion 1 and 2 apart, beside the sizes, which shapes tell.
+
+    Two differences lie elsewhere: SD 2's spatial transformers are projected by linear layers where
+    the others have 1x1 convolutions (the shapes tell), and its text encoder's last layer is not
+    used (`text_from_open_clip` leaves it out).
+    """
 
     key: str  # what keys of a single file begin with, in no family further down
-    text: Callable[[State], State]  # its text encoder's tensors under our names
+    text: Callable[[Tensors], Tensors]  # its text encoder's tensors under our names
     encoder: Callable[..., nn.Module]
-    config: Callable[[State, int | None], BertConfig | TextConfig]  # of tensors, and heads if known
+    config: Callable[[Tensors, int | None], BertConfig | TextConfig]  # heads if known
     tokenizer: Callable[["Parts", int, int], Tokenizer]  # of vocabulary, its size, and the length
     attention: dict[str, int | None]  # the UNet's heads: a number of them, or channels in each
     prediction: str | None  # None: there are both, and keys do not tell which
@@ -130,45 +135,43 @@ class Family:
     special: tuple[str, str] = OPENAI_SPECIAL  # start and end, where prompts spell them out
 
 
-FAMILIES = {
-    "ldm": Family(
-        key="cond_stage_model.transformer.token_emb.",
-        text=lambda state: {k: v for k, v in state.items() if ".to_logits." not in k},
-        encoder=BertTextEncoder,
-        config=lambda state, heads: bert_config(state),
-        tokenizer=lambda parts, _, length: WordPieceTokenizer.load(
-            parts.vocabulary or BERT_VOCAB, length
-        ),
-        attention=dict(heads=8, head_width=None),
-        prediction="eps",
-        size=dict(eps=256, v=256),
+LDM = Family(
+    key="cond_stage_model.transformer.token_emb.",
+    text=lambda state: {k: v for k, v in state.items() if ".to_logits." not in k},
+    encoder=BertTextEncoder,
+    config=lambda state, heads: bert_config(state),
+    tokenizer=lambda parts, _, length: WordPieceTokenizer.load(
+        parts.vocabulary or BERT_VOCAB, length
     ),
-    "sd1": Family(
-        key="cond_stage_model.transformer.",
-        text=lambda state: text_from_transformers(part(state, "transformer.")),
-        encoder=CLIPTextEncoder,
-        config=lambda state, heads: text_config(state, heads, quick_gelu=True),
-        tokenizer=lambda parts, size, length: CLIPTokenizer.load(
-            parts.vocabulary, length, vocab_size=size, special=parts.special
-        ),
-        attention=dict(heads=8, head_width=None),
-        prediction="eps",
-        size=dict(eps=512, v=512),
+    attention=dict(heads=8, head_width=None),
+    prediction="eps",
+    size=dict(eps=256, v=256),
+)
+SD1 = replace(
+    LDM,
+    key="cond_stage_model.transformer.",
+    text=lambda state: text_from_transformers(part(state, "transformer.")),
+    encoder=CLIPTextEncoder,
+    config=lambda state, heads: text_config(state, heads, quick_gelu=True),
+    tokenizer=lambda parts, vocab_size, length: CLIPTokenizer.load(
+        parts.vocabulary, length, None, vocab_size, parts.special
     ),
-    "sd2": Family(
-        key="cond_stage_model.model.",
-        text=lambda state: text_from_open_clip(part(state, "model.")),
-        encoder=CLIPTextEncoder,
-        config=lambda state, heads: text_config(state, heads, quick_gelu=False),
-        tokenizer=lambda parts, size, length: CLIPTokenizer.load(
-            parts.vocabulary, length, pad_id=0, vocab_size=size, special=parts.special
-        ),
-        attention=dict(heads=None, head_width=64),
-        prediction=None,
-        size=dict(eps=512, v=768),
-        special=OPEN_CLIP_SPECIAL,
+    size=dict(eps=512, v=512),
+)
+SD2 = replace(
+    SD1,
+    key="cond_stage_model.model.",
+    text=lambda state: text_from_open_clip(part(state, "model.")),
+    config=lambda state, heads: text_config(state, heads, quick_gelu=False),
+    tokenizer=lambda parts, vocab_size, length: CLIPTokenizer.load(
+        parts.vocabulary, length, 0, vocab_size, parts.special
     ),
-}
+    attention=dict(heads=None, head_width=64),
+    prediction=None,
+    size=dict(eps=512, v=768),
+    special=OPEN_CLIP_SPECIAL,
+)
+FAMILIES = {"ldm": LDM, "sd1": SD1, "sd2": SD2}
 
 
 @dataclass
@@ -177,9 +180,9 @@ class Parts:
 
     path: Path
     family: str
-    unet: State
-    autoencoder: State
-    text: State
+    unet: Tensors
+    autoencoder: Tensors
+    text: Tensors
     prediction: str | None = None
     betas: tuple[float, float] = BETAS
     heads: int | None = None
@@ -194,7 +197,7 @@ class Parts:
     defaults: dict = field(default_factory=dict)  # as `LatentDiffusion.defaults`
 
 
-def find_family(state: State, path: Path) -> str:
+def find_family(state: Tensors, path: Path) -> str:
     """The family of a single file; `CheckpointError` if it is of none."""
     for name, family in FAMILIES.items():
         if any(key.startswith(family.key) for key in state):
@@ -207,7 +210,7 @@ def find_family(state: State, path: Path) -> str:
 # -------------------------------------------------------------------------------------- loading
 
 
-def fill(build: Callable[[], nn.Module], state: State, dtype, device, path: Path) -> nn.Module:
+def filled(build: Callable[[], nn.Module], state: Tensors, dtype, device, path: Path) -> nn.Module:
     """The module built without memory, then given the file's tensors; every key must match."""
     with torch.device("meta"):
         module = build()
@@ -232,12 +235,6 @@ def holds_model(path: Path) -> bool:
         return any(key.startswith("model.diffusion_model.") for key in open_state(path))
     except CheckpointError:
         return False
-
-
-def stored_precision(path: Path, family: str | None) -> str:
-    """The kind of numbers that a model's UNet is stored in: "float16"."""
-    with checking(path):
-        return str(take_apart(path, family).unet["out.2.weight"].read(None).dtype)[len("torch.") :]
 
 
 def settings_beside(path: Path) -> dict[str, str]:
@@ -281,7 +278,7 @@ def read_json(path: Path) -> dict:
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
-def component(folder: Path) -> tuple[State, dict]:
+def component(folder: Path) -> tuple[Tensors, dict]:
     """Weights and config.json of one subfolder of the diffusers layout, fp16 variants included."""
     names = ("diffusion_pytorch_model", "model", "pytorch_model")
     endings = (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")
@@ -443,15 +440,19 @@ def assemble(parts: Parts, device, dtype, prediction: str | None) -> LatentDiffu
         )
     text = family.config(parts.text, parts.text_heads)
     told = prediction or parts.prediction or family.prediction
+    sample = parts.unet["out.2.weight"].read(None)
     model = LatentDiffusion(
-        unet=fill(lambda: UNet(unet), parts.unet, dtype, device, path),
-        autoencoder=fill(lambda: Autoencoder(autoencoder), parts.autoencoder, dtype, device, path),
-        text_encoder=fill(lambda: family.encoder(text), parts.text, torch.float32, device, path),
+        unet=filled(lambda: UNet(unet), parts.unet, dtype, device, path),
+        autoencoder=filled(
+            lambda: Autoencoder(autoencoder), parts.autoencoder, dtype, device, path
+        ),
+        text_encoder=filled(lambda: family.encoder(text), parts.text, torch.float32, device, path),
         tokenizer=load_tokenizer(parts, text.vocab_size, text.max_length),
         schedule=Schedule(*parts.betas, told or "eps"),
         family=parts.family,
         name=parts.name,
-        fingerprint=fingerprint(parts.unet["out.2.weight"]),
+        fingerprint=fingerprint(sample),
+        stored=str(sample.dtype).removeprefix("torch."),
         defaults=parts.defaults,
     )
     if not told:
@@ -460,9 +461,9 @@ def assemble(parts: Parts, device, dtype, prediction: str | None) -> LatentDiffu
     return model
 
 
-def fingerprint(weights: Stored) -> str:
+def fingerprint(weights: Tensor) -> str:
     """16 hexadecimal digits that name a base model, equal for its fp16 and fp32 files."""
-    return hashlib.sha256(weights.read(torch.float16).numpy().tobytes()).hexdigest()[:16]
+    return hashlib.sha256(weights.half().numpy().tobytes()).hexdigest()[:16]
 
 
 CLIP_EXPECTED = (
@@ -488,11 +489,16 @@ def load_clip(path: str | Path | None = None) -> CLIP:
         raise CheckpointError(str(error).replace(EXPECTED, CLIP_EXPECTED)) from error
 
 
-def assemble_clip(state: State, path: Path) -> CLIP:
+def assemble_clip(state: Tensors, path: Path) -> CLIP:
     """Sizes come from the shapes. The heads (64 channels each) and QuickGELU are OpenAI's unless a
     config.json in the layout of `transformers` says otherwise, as LAION's do."""
     text_settings, vision_settings = {}, {}
     if "visual.conv1.weight" in state:
+        if "input_resolution" not in state:  # a scalar of OpenAI's own files, in no state_dict
+            warnings.warn(
+                f"{path}: taken for OpenAI's CLIP, whose GELU is approximate; for one of LAION's, "
+                "give the folder with its config.json in the layout of transformers"
+            )
         state = towers_from_openai(state)
     else:
         settings = read_json((path if path.is_dir() else path.parent) / "config.json")
@@ -517,7 +523,7 @@ def assemble_clip(state: State, path: Path) -> CLIP:
         width=state["text_projection.weight"].shape[0],
     )
     check_heads(config.vision.width, config.vision.heads)
-    return fill(lambda: CLIP(config), state, torch.float32, "cpu", path)
+    return filled(lambda: CLIP(config), state, torch.float32, "cpu", path)
 
 
 def quick(settings: dict) -> bool:

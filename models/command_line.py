@@ -50,7 +50,7 @@ from textinv import (
     warn_of_cuts,
 )
 
-from .checkpoint import BUNDLED, FAMILIES, holds_model, load_model, stored_precision
+from .checkpoint import BUNDLED, FAMILIES, holds_model, load_model
 from .embeddings import (
     FORMATS,
     Concept,
@@ -598,7 +598,7 @@ def run_show(args: argparse.Namespace) -> None:
     path = Path(args.what)
     if args.what and os.path.isdir(path) or os.path.isfile(path) and holds_model(path):
         args.model = args.what
-        show_model(load_for(args), stored_precision(path, args.family))
+        show_model(load_for(args))
     elif os.path.isfile(path):
         show_words(load_words([args.what, *args.concept], args.rename), args)
     elif path.suffix in (".safetensors", ".ckpt", ".pt", ".bin", ".png"):
@@ -622,8 +622,8 @@ def token(model: LatentDiffusion, concepts: Sequence[Concept], i: int) -> str:
     return next(text for text, number in model.tokenizer.ids.items() if number == i)
 
 
-def show_model(model: LatentDiffusion, precision: str) -> None:
-    print(f"stored as {precision}")
+def show_model(model: LatentDiffusion) -> None:
+    print(f"stored as {model.stored}")
     for name in ("unet", "autoencoder", "text_encoder"):
         count = sum(p.numel() for p in getattr(model, name).parameters())
         print(f"{name:12} {count / 1e6:8,.1f}M parameters")

@@ -8,7 +8,7 @@ open_clip's and OpenAI's CLIP are renamed here, on whole dotted segments.
 import re
 from collections.abc import Iterable, Mapping
 
-from .reading import State
+from .reading import Tensors
 
 
 def count(keys: Iterable[str], pattern: str) -> int:
@@ -16,7 +16,7 @@ def count(keys: Iterable[str], pattern: str) -> int:
     return len({m[1] for k in keys if (m := re.match(pattern, k))})
 
 
-def part(state: State, prefix: str) -> State:
+def part(state: Tensors, prefix: str) -> Tensors:
     return {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
 
 
@@ -85,7 +85,7 @@ CLIP_NAMES = {
 }
 
 
-def unet_from_diffusers(state: State) -> State:
+def unet_from_diffusers(state: Tensors) -> Tensors:
     """CompVis counts all blocks of one way in a row; diffusers counts by level and kind."""
     blocks = count(state, r"down_blocks\.0\.resnets\.(\d+)\.")
 
@@ -111,7 +111,7 @@ def unet_from_diffusers(state: State) -> State:
     return {name(k): v for k, v in state.items()}
 
 
-def autoencoder_from_diffusers(state: State) -> State:
+def autoencoder_from_diffusers(state: Tensors) -> Tensors:
     """The decoder's levels are counted from the other end; 1x1 convolutions come as matrices."""
     levels = count(state, r"decoder\.up_blocks\.(\d+)\.")
 
@@ -129,9 +129,9 @@ def autoencoder_from_diffusers(state: State) -> State:
     }
 
 
-def clip_from_openai(state: State) -> State:
+def clip_from_openai(state: Tensors) -> Tensors:
     """open_clip's or OpenAI's names of one tower; the stacked in_proj is cut into q, k and v."""
-    renamed: State = {}
+    renamed: Tensors = {}
     for key, tensor in state.items():
         key = rename(key, CLIP_NAMES)
         if match := re.fullmatch(r"(.+\.self_attn)\.in_proj_(weight|bias)", key):
@@ -142,7 +142,7 @@ def clip_from_openai(state: State) -> State:
     return renamed
 
 
-def text_from_transformers(state: State) -> State:
+def text_from_transformers(state: Tensors) -> Tensors:
     """CLIP's text tower under `text_model.`, which some files leave out; no position_ids."""
     return {
         "text_model." + k.removeprefix("text_model."): v
@@ -151,7 +151,7 @@ def text_from_transformers(state: State) -> State:
     }
 
 
-def text_from_open_clip(state: State) -> State:
+def text_from_open_clip(state: Tensors) -> Tensors:
     """SD 2's text encoder. Its last block is left out: the model takes the one before."""
     unused = ("text_projection", "logit_scale")
     tower = {k: v for k, v in state.items() if k not in unused and not k.endswith("attn_mask")}
@@ -160,7 +160,7 @@ def text_from_open_clip(state: State) -> State:
     return text_from_transformers(clip_from_openai(tower))
 
 
-def towers_from_openai(state: State) -> State:
+def towers_from_openai(state: Tensors) -> Tensors:
     """OpenAI's layout in the names of `transformers`. Its two projections multiply from the right;
     the .pt has three sizes as scalars, and a traced module keeps its mask beside its weights."""
     unused = ("input_resolution", "context_length", "vocab_size")

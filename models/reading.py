@@ -113,7 +113,7 @@ class Stored:
         return Stored(self.shape[::-1], lambda dtype: self.read(dtype).T.contiguous())
 
 
-State = dict[str, Stored]
+Tensors = dict[str, Stored]
 
 
 class MappedFile:
@@ -163,13 +163,13 @@ NUMBERS = (
 SAFETENSORS_DTYPES = {name: dtype for name, _, dtype in NUMBERS}
 
 
-def open_safetensors(path: Path) -> State:
+def open_safetensors(path: Path) -> Tensors:
     """The tensors of a .safetensors file: 8 bytes of length, a JSON header, then the data."""
     file = MappedFile(path)
     size = int.from_bytes(file.map[:8], "little")
     header = json.loads(file.map[8 : 8 + size])
     header.pop("__metadata__", None)
-    state: State = {}
+    state: Tensors = {}
     free = 8 + size  # where the next tensor may begin
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         if entry["dtype"] not in SAFETENSORS_DTYPES:
@@ -323,7 +323,7 @@ class TorchArchive:
         return self.file, start, count, dtype
 
 
-def scripted(module: Stub) -> State:
+def scripted(module: Stub) -> Tensors:
     """The tensors of a TorchScript archive, which pickles its modules: a stub for each of them,
     whose state holds its tensors and its submodules. Every module counts once, so neither a cycle
     nor a shared one keeps us busy; nothing of the archive's code is read."""
@@ -340,7 +340,7 @@ def scripted(module: Stub) -> State:
     return state
 
 
-def open_state(path: Path) -> State:
+def open_state(path: Path) -> Tensors:
     """The tensors of one checkpoint file, whatever its format; `CheckpointError` if it has none."""
     with checking(path):
         with open(path, "rb") as file:

@@ -207,17 +207,17 @@ def assert_full_size(parts: checkpoint.Parts, family: str) -> None:
     autoencoder = checkpoint.autoencoder_config(parts.autoencoder)
     assert (unet, autoencoder) == (UNETS[family], AutoencoderConfig())
     place = (torch.float32, "meta", parts.path)
-    checkpoint.fill(lambda: UNet(unet), parts.unet, *place)
-    checkpoint.fill(lambda: Autoencoder(autoencoder), parts.autoencoder, *place)
+    checkpoint.filled(lambda: UNet(unet), parts.unet, *place)
+    checkpoint.filled(lambda: Autoencoder(autoencoder), parts.autoencoder, *place)
     if family == "ldm":
         text = checkpoint.bert_config(parts.text)
         assert text == BertConfig()
-        checkpoint.fill(lambda: BertTextEncoder(text), parts.text, *place)
+        checkpoint.filled(lambda: BertTextEncoder(text), parts.text, *place)
     else:
         text = checkpoint.text_config(parts.text, None, quick_gelu=family == "sd1")
         wanted = {"sd1": (768, 12, 12), "sd2": (1024, 23, 16)}[family]
         assert (text.width, text.layers, text.heads) == wanted
-        checkpoint.fill(lambda: CLIPTextEncoder(text), parts.text, *place)
+        checkpoint.filled(lambda: CLIPTextEncoder(text), parts.text, *place)
 
 
 @pytest.mark.parametrize(
@@ -301,7 +301,7 @@ def test_full_size_clip(table, tmp_path, monkeypatch):
         with torch.device("meta"):
             return build()
 
-    monkeypatch.setattr(checkpoint, "fill", fill)
+    monkeypatch.setattr(checkpoint, "filled", fill)
     assert shapes(load_clip(tmp_path)) == wanted == seen
 
 

@@ -112,7 +112,7 @@ def test_per_image_words_learn_beside_the_shared_one(model):
         assert word.vectors.grad is not None
         assert (word.vectors.detach() - mean).abs().max() > 0
     words = [state.concept, *state.image_words]
-    assert textinv.fill("a photo of {}", words, 1) == "a photo of <m> with <m>-2"
+    assert textinv.prompt_for("a photo of {}", words, 1) == "a photo of <m> with <m>-2"
 
 
 def test_templates_may_differ_from_picture_to_picture(model):
