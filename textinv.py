@@ -46,6 +46,7 @@ from models.evaluation import (
 from models.latent_diffusion import LatentDiffusion
 from models.parallel import add_up, rank_and_world, shared_out
 from models.prompts import escape, without_weights
+from models.stopping import Watch
 from models.tokenizers import any_of
 
 __all__ = [
@@ -268,49 +269,6 @@ def initial_vectors(model: LatentDiffusion, init_word: str, count: int) -> Tenso
 # -------------------------------------------------------------------------------------- training
 
 
-@dataclass
-class State:
-    """Where training stands after a step. Its vectors are the ones in training: clone what is to
-    outlast the next step.
-
-    `loss` is that of eq. 2 on the step's batch. `concept` has the vectors in use so far (all of
-    them unless progressive), `image_words` are empty unless asked for.
-    """
-
-    step: int
-    loss: Tensor
-    concept: Concept
-    image_words: list[Concept]
-    parameters: list[Tensor]
-    optimizer: torch.optim.AdamW
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All that the next step depends on beside the arguments, for `train(resume=...)`."""
-        tensors = {"step": torch.tensor(self.step)}
-        for i, vectors in enumerate(self.parameters):
-            tensors[f"{i}.vectors"] = vectors.detach()
-            for moment in ("exp_avg", "exp_avg_sq"):
-                tensors[f"{i}.{moment}"] = self.optimizer.state[vectors][moment]
-        return {key: tensor.cpu().clone() for key, tensor in tensors.items()}
-
-
-def restore(parameters: list[Tensor], optimizer: torch.optim.AdamW, saved: Mapping) -> int:
-    """Put what `State.tensors` returned back where it was; the step that it was taken after."""
-    for i, vectors in enumerate(parameters):
-        names = [f"{i}.{kind}" for kind in ("vectors", "exp_avg", "exp_avg_sq")]
-        if any(n not in saved or saved[n].shape != vectors.shape for n in names):
-            raise ValueError("the state to resume from is of other vectors than are trained here")
-        value, *moments = (saved[n].to(vectors, copy=True) for n in names)
-        vectors.data.copy_(value)
-        step = torch.tensor(float(saved["step"]))
-        optimizer.state[vectors] = dict(step=step, exp_avg=moments[0], exp_avg_sq=moments[1])
-    return int(saved["step"])
-
-
-class NotFinite(ValueError):
-    """A step gave NaN or infinity. The word is left as it was before that step."""
-
-
 def draw_batch(
     model: LatentDiffusion, mean: Tensor, std: Tensor, count: int, generator: torch.Generator
 ) -> tuple[list[int], Tensor, Tensor, Tensor]:
@@ -334,12 +292,105 @@ def diffusion_loss(
     return F.mse_loss(prediction, model.schedule.target(latents, t, noise))
 
 
+@dataclass
+class Lesson:
+    """What the steps of a training draw from."""
+
+    words: list[Concept]  # the word that is learnt, and those of single pictures
+    texts: list[list[str]]  # each picture's templates
+    picture: list[int]  # which picture each of the latents is of
+    mean: Tensor  # and std: moments of the latents (N, C, h, w), by `latent_moments`
+    std: Tensor
+
+    def draw(
+        self, model: LatentDiffusion, count: int, seed: int, step: int
+    ) -> tuple[list[str], Tensor, Tensor, Tensor]:
+        """A batch's prompts, latents, timesteps and noise: the same for the same seed and step."""
+        draw, generator = draws_of_step(seed, step)
+        rows, *batch = draw_batch(model, self.mean, self.std, count, generator)
+        shown = [self.picture[i] for i in rows]
+        return [prompt_for(draw.choice(self.texts[i]), self.words, i) for i in shown], *batch
+
+
+def batch_loss(
+    model: LatentDiffusion, lesson: Lesson, count: int, seed: int, step: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Eq. 2 on this process's share of a batch of `count`, to be added up over the processes; and
+    what it was computed from, for `check_finite`."""
+    rank, world = rank_and_world()
+    prompts, *batch = lesson.draw(model, count, seed, step)
+    prompts, (latents, t, noise) = prompts[rank::world], (part[rank::world] for part in batch)
+    context = model.encode_text(prompts, lesson.words)
+    loss = diffusion_loss(model, latents, context, t, noise) * (len(t) / count)
+    return loss, dict(autoencoder=latents, text_encoder=context, UNet=loss)
+
+
+@torch.no_grad()
+def fixed_loss(model: LatentDiffusion, lesson: Lesson, count: int, seed: int) -> float:
+    """Eq. 2 on batches that are always the same, and that no step of training draws: those of steps
+    0, -1, ..., with eight pictures or more in all."""
+    steps = range(0, -8, -count)
+    loss = torch.stack([batch_loss(model, lesson, count, seed, step)[0] for step in steps]).mean()
+    add_up([loss])
+    return loss.item()
+
+
+@dataclass
+class State:
+    """Where training stands after a step. Its vectors are the ones in training: clone what is to
+    outlast the next step.
+
+    `loss` is that of eq. 2 on the step's batch. `concept` has the vectors in use so far (all of
+    them unless progressive), `image_words` are empty unless asked for. `watch` is None unless
+    training stops by itself.
+    """
+
+    step: int
+    loss: Tensor
+    concept: Concept
+    image_words: list[Concept]
+    parameters: list[Tensor]
+    optimizer: torch.optim.AdamW
+    watch: Watch | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that the next step depends on beside the arguments, for `train(resume=...)`."""
+        tensors = {"step": torch.tensor(self.step)}
+        for i, vectors in enumerate(self.parameters):
+            tensors[f"{i}.vectors"] = vectors.detach()
+            for moment in ("exp_avg", "exp_avg_sq"):
+                tensors[f"{i}.{moment}"] = self.optimizer.state[vectors][moment]
+        tensors |= self.watch.tensors() if self.watch else {}
+        return {key: tensor.cpu().clone() for key, tensor in tensors.items()}
+
+
+def restore(state: State, saved: Mapping) -> None:
+    """Put what `State.tensors` returned back where it was."""
+    for i, vectors in enumerate(state.parameters):
+        names = [f"{i}.{kind}" for kind in ("vectors", "exp_avg", "exp_avg_sq")]
+        if any(n not in saved or saved[n].shape != vectors.shape for n in names):
+            raise ValueError("the state to resume from is of other vectors than are trained here")
+        value, *moments = (saved[n].to(vectors, copy=True) for n in names)
+        vectors.data.copy_(value)
+        step = torch.tensor(float(saved["step"]))
+        state.optimizer.state[vectors] = dict(step=step, exp_avg=moments[0], exp_avg_sq=moments[1])
+    state.watch = Watch.of(saved) if state.watch else None
+    state.step = int(saved["step"])
+
+
+class NotFinite(ValueError):
+    """A step gave NaN or infinity. The word is left as it was before that step."""
+
+
 def check_finite(gradients: Sequence[Tensor], **parts: Tensor) -> None:
     """Raises NotFinite with the name of the part that gave the first NaN or infinity, if the
     gradients hold one: whatever goes wrong on the way ends there."""
     if not all(gradient.isfinite().all() for gradient in gradients):
         broken = (name for name, tensor in parts.items() if not tensor.isfinite().all())
         raise NotFinite(next(broken, "gradient").replace("_", " "))
+
+
+STOPS = ("never", "auto")
 
 
 def train(
@@ -357,6 +408,7 @@ def train(
     regularize: float = 0.0,
     progressive: bool = False,
     per_image: bool = False,
+    stop: str = "never",
     gradient_checkpointing: bool = False,
     seed: int = 0,
     resume: Mapping[str, Tensor] | None = None,
@@ -371,6 +423,7 @@ def train(
     anew for each picture of each step; or such a list for each picture. flip: mirror half of the
     pictures; switch it off for things with writing on them. weight_decay: the paper's code leaves
     AdamW's default of 0.01 on, which pulls v* towards 0; here it is off unless asked for.
+    stop: "auto" ends before the last step once the word is steady, by models/stopping.py.
     gradient_checkpointing: less memory, more time.
 
     The setups of section 5.2: regularize: weight of the squared distance of each vector from where
@@ -390,57 +443,52 @@ def train(
     steps, batch_size, lr = hyperparameters(model, steps, batch_size, lr)
     check_range(1, vectors=vectors)
     check_range(0, weight_decay=weight_decay, regularize=regularize, seed=seed)
-    if progressive and vectors != 3:
-        raise ValueError(f"progressive training ends with 3 vectors, not with {vectors}")
-    check_placeholder(model, placeholder)
-    pixels = prepare_images(images, model.size)
-    texts = texts_by_picture(templates, len(pixels))
-    seen, picture = views(pixels, flip)
-    mean, std = latent_moments(model, seen)
-
-    start = initial_vectors(model, init_word, vectors).to(model.device)
-    metadata = dict(init_word=init_word, steps=0, lr=lr, batch_size=batch_size)
-    metadata |= dict(seed=seed, base_model=model.name, base_model_hash=model.fingerprint)
-    metadata |= dict(templates=json.dumps(texts[0]))
-    word = Concept(placeholder, start.clone(), {k: str(v) for k, v in metadata.items()})
-    image_words = first_image_words(model, placeholder, len(pixels)) if per_image else []
-    words = [word, *image_words]
-    check_prompts(model, [prompt_for(text, words, -1) for own in texts for text in own], words)
-    parameters = [w.vectors.requires_grad_() for w in words]
-    optimizer = torch.optim.AdamW(parameters, lr=lr * batch_size, weight_decay=weight_decay)
-    done = restore(parameters, optimizer, resume) if resume else 0
-    if done >= steps:
-        raise ValueError(f"step {done} of {steps} is done already; ask for more steps")
-    rank, world = rank_and_world()
-    own = slice(rank, batch_size, world)
+    if stop not in STOPS:
+        raise ValueError(f"stop {stop!r} is not known; use {', '.join(STOPS)}")
+    if progressive and (vectors, stop) != (3, "never"):
+        raise ValueError(
+            f"progressive training ends with 3 vectors, not with {vectors}, and not by stop 'auto'"
+        )
+    world = rank_and_world()[1]
     if world > batch_size:
         raise ValueError(f"a batch of {batch_size} is too small to split among {world} processes")
+
+    start = initial_vectors(model, init_word, vectors).to(model.device)
+    metadata = dict(init_word=init_word, steps=0, lr=lr, batch_size=batch_size, seed=seed)
+    metadata |= dict(base_model=model.name, base_model_hash=model.fingerprint)
+    word = Concept(placeholder, start.clone(), {k: str(v) for k, v in metadata.items()})
+    lesson = prepare(model, word, images, templates, flip, per_image)
+    parameters = [w.vectors.requires_grad_() for w in lesson.words]
+    optimizer = torch.optim.AdamW(parameters, lr=lr * batch_size, weight_decay=weight_decay)
+    watch = Watch() if stop == "auto" else None
+    state = State(0, torch.tensor(0.0), word, lesson.words[1:], parameters, optimizer, watch)
+    if resume:
+        restore(state, resume)
+    if state.step >= steps or state.watch and state.watch.steady():
+        raise ValueError(f"step {state.step} of {steps} is done already; ask for more steps")
 
     def loop() -> Iterator[State]:
         model.unet.gradient_checkpointing = gradient_checkpointing
         try:
-            for step in range(done + 1, steps + 1):
-                draw, generator = draws_of_step(seed, step)
-                rows, *batch = draw_batch(model, mean, std, batch_size, generator)
-                shown = [picture[i] for i in rows]
-                prompts = [prompt_for(draw.choice(texts[i]), words, i) for i in shown]
+            for step in range(state.step + 1, steps + 1):
                 if progressive:
                     used = 1 + (step - 1) * 5 // (2 * steps)
-                    words[0] = replace(word, vectors=parameters[0][:used])
-
-                latents, t, noise = (tensor[own] for tensor in batch)
-                context = model.encode_text(prompts[own], words)
-                loss = diffusion_loss(model, latents, context, t, noise) * (len(t) / batch_size)
+                    lesson.words[0] = replace(word, vectors=parameters[0][:used])
+                loss, parts = batch_loss(model, lesson, batch_size, seed, step)
                 drift = ((parameters[0] - start) ** 2).sum() / world
                 optimizer.zero_grad()
                 (loss + regularize * drift).backward()
                 loss = loss.detach()
                 add_up([loss, *(p.grad for p in parameters)])
-                parts = dict(autoencoder=latents, text_encoder=context, UNet=loss)
                 check_finite([p.grad for p in parameters], **parts)
                 optimizer.step()
                 word.metadata["steps"] = str(step)
-                yield State(step, loss, words[0], image_words, parameters, optimizer)
+                done = False
+                if state.watch and step % Watch.EVERY == 0:
+                    done = state.watch.ends(fixed_loss(model, lesson, batch_size, seed), parameters)
+                yield replace(state, step=step, loss=loss, concept=lesson.words[0])
+                if done:
+                    return
         except NotFinite as error:
             raise NotFinite(
                 f"step {step}: the {error} gave NaN or infinity; the word is left as it was before "
@@ -503,6 +551,21 @@ def prompt_for(template: str, words: Sequence[Concept], picture: int) -> str:
     """The prompt for a picture: the word in its place, then the picture's own word, if any."""
     prompt = template.replace("{}", words[0].placeholder)
     return f"{prompt} with {words[1:][picture].placeholder}" if len(words) > 1 else prompt
+
+
+def prepare(
+    model: LatentDiffusion, word: Concept, images: Images, templates, flip: bool, per_image: bool
+) -> Lesson:
+    """The checked word, pictures and prompts, the pictures encoded."""
+    check_placeholder(model, word.placeholder)
+    pixels = prepare_images(images, model.size)
+    texts = texts_by_picture(templates, len(pixels))
+    word.metadata["templates"] = json.dumps(texts[0])
+    image_words = first_image_words(model, word.placeholder, len(pixels)) if per_image else []
+    words = [word, *image_words]
+    check_prompts(model, [prompt_for(text, words, -1) for own in texts for text in own], words)
+    seen, picture = views(pixels, flip)
+    return Lesson(words, texts, picture, *latent_moments(model, seen))
 
 
 def views(pixels: Tensor, flip: bool) -> tuple[Tensor, list[int]]:

@@ -26,6 +26,7 @@ from tqdm import tqdm
 import textinv
 from textinv import (
     RATES,
+    STOPS,
     TEMPLATES,
     NotFinite,
     State,
@@ -64,6 +65,7 @@ from .files import Run, free_target, interruptible, write_file, write_png, write
 from .latent_diffusion import LatentDiffusion
 from .parallel import processes, rank_and_world, shared_out
 from .reading import out_of_memory
+from .stopping import Watch
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -126,6 +128,7 @@ def add_invert(p: argparse.ArgumentParser) -> None:
     p.add_argument("--steps", type=int)
     p.add_argument("--batch-size", type=int)
     p.add_argument("--lr", type=rate, help="times the batch size; or base, high, low")
+    p.add_argument("--stop", choices=STOPS, default="never", help="auto: once the word is steady")
     p.add_argument("--weight-decay", type=float, default=0.0)
     p.add_argument("--regularize", type=float, default=0.0, metavar="W", help="hold to init word")
     p.add_argument("--progressive", action="store_true", help="one vector, then two, then three")
@@ -260,7 +263,9 @@ def default_placeholder(name: str) -> str:
     return f"<{'-'.join(name.split())}>"
 
 
-def run_invert(args: argparse.Namespace) -> int:
+def target_of(args: argparse.Namespace) -> tuple[Path, str]:
+    """Where `invert` writes to, and what it calls the word; both follow from the pictures' folder
+    unless they are given."""
     source = Path(args.images).resolve()
     name = Path(args.out).stem if args.out else source.stem if source.is_file() else source.name
     out = Path(args.out or f"{name}.safetensors")
@@ -270,9 +275,25 @@ def run_invert(args: argparse.Namespace) -> int:
             f"{out} lies among the pictures to learn from, and so would the previews; write it "
             f"elsewhere, for example --out ../{out.name}"
         )
+    return out, default_placeholder(name) if args.placeholder is None else args.placeholder
+
+
+def training_options(args: argparse.Namespace, model: LatentDiffusion, paths: list[Path]) -> dict:
+    """The options of `train` that decide what is learnt."""
+    steps, batch_size, lr = hyperparameters(model, args.steps, args.batch_size, args.lr)
+    vectors = (3 if args.progressive else 1) if args.vectors is None else args.vectors
+    options = dict(init_word=args.init_word, vectors=vectors, flip=not args.no_flip)
+    options |= dict(steps=steps, batch_size=batch_size, lr=lr, seed=args.seed, stop=args.stop)
+    options |= dict(templates=read_templates(args.templates, paths), per_image=args.per_image)
+    options |= dict(weight_decay=args.weight_decay, regularize=args.regularize)
+    return options | dict(progressive=args.progressive)
+
+
+def run_invert(args: argparse.Namespace) -> int:
+    out, placeholder = target_of(args)
+    check_range(1, save_every=args.save_every)
     if args.save_image_words and not args.per_image:
         raise ValueError("--save-image-words saves the words of --per-image; add that, or drop it")
-    placeholder = default_placeholder(name) if args.placeholder is None else args.placeholder
     paths = find_images(args.images)
     if not args.init_word:
         raise ValueError(
@@ -283,36 +304,29 @@ def run_invert(args: argparse.Namespace) -> int:
     ids = model.tokenizer.token_ids(args.init_word)
     print(f"init word {args.init_word!r}: {len(ids)} token(s), ids {ids}")
     pixels = prepare_images(paths, model.size)
-    steps, batch_size, lr = hyperparameters(model, args.steps, args.batch_size, args.lr)
-    check_range(1, save_every=args.save_every)
-    vectors = (3 if args.progressive else 1) if args.vectors is None else args.vectors
-    options = dict(init_word=args.init_word, placeholder=placeholder, vectors=vectors)
-    options |= dict(steps=steps, batch_size=batch_size, lr=lr, seed=args.seed)
-    options |= dict(templates=read_templates(args.templates, paths), flip=not args.no_flip)
-    options |= dict(weight_decay=args.weight_decay, regularize=args.regularize)
-    options |= dict(progressive=args.progressive, per_image=args.per_image)
-    digest = hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:16]
-    pictures = to_pil(pixels)
+    options = training_options(args, model, paths) | dict(placeholder=placeholder)
     about = dict(model=model.name, fingerprint=model.fingerprint, precision=str(model.dtype))
-    about |= dict(prediction=model.schedule.prediction, pictures=digest)
+    about |= dict(prediction=model.schedule.prediction)
+    about |= dict(pictures=hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:16])
+    steps = options["steps"]
     about |= dict(progressive=steps if args.progressive else None)  # its vectors join by steps
     run = Run(out, options | about)
-    options |= dict(gradient_checkpointing=args.gradient_checkpointing)
-    options |= dict(resume=run.look(args.resume, args.overwrite))
-    begun = int(options["resume"]["step"]) if options["resume"] else 0
-    if begun == steps and out.exists():
-        print(f"all {steps} steps are done; the word is in {out}")
+    state = run.look(args.resume, args.overwrite)
+    begun = int(state["step"]) if state else 0
+    if state and out.exists() and (begun == steps or Watch.of(state).steady()):
+        print(f"all {begun} steps are done; the word is in {out}")
         return 0
+    pictures = to_pil(pixels)
+    options |= dict(gradient_checkpointing=args.gradient_checkpointing, resume=state)
     states = train(model, pictures, **options)
-    start = initial_vectors(model, args.init_word, vectors)
+    start = initial_vectors(model, args.init_word, options["vectors"])
     encode_concept(Concept(placeholder, start), default_format(out.suffix), out.suffix)
-    run.begin(anew=options["resume"] is None)
+    run.begin(anew=state is None)
     write_png(run.path("inputs.png"), grid(pictures), {"what": "what the model sees"}, True)
     where = f", from step {begun} on" if begun else ""
     print(f"learning {placeholder} from {len(pictures)} pictures, {steps} steps{where}, to {out}")
-
     progress = tqdm(states, total=steps, initial=begun, unit="step")
-    if learn(model, progress, run, start, steps, args):
+    if learn(model, progress, run, start, args):
         if rank_and_world()[0] == 0:
             word = load_concept(out).placeholder  # .pt and .png have names of their own
             print(f"wrote {out}; try: {TRY.format(word, out)}")
@@ -325,17 +339,17 @@ def run_invert(args: argparse.Namespace) -> int:
 TRY = "python textinv.py sample 'a photo of {}' --concept {}"
 
 
-def learn(model, progress: tqdm, run: Run, start: Tensor, steps: int, args) -> bool:
+def learn(model, progress: tqdm, run: Run, start: Tensor, args) -> bool:
     """Train, and keep the run's files up to date; False if it was asked to stop before the end."""
-    every = args.preview_every if args.preview_every is not None else max(1, steps // 3)
-    state = None
+    steps, every, state = progress.total, args.preview_every, None
+    every = max(1, steps // 3) if every is None else every
     try:
         with interruptible() as asked:
             for state in progress:
                 run.rows.append(row(state, start))
                 progress.set_postfix(loss=mean_loss(run), peak=peak_memory(model.device))
                 shown = every and state.step % every == 0 and state.step < steps
-                if asked or shown or state.step % args.save_every == 0 or state.step == steps:
+                if shown or state.step % args.save_every == 0:
                     save_run(run, state, args.save_image_words)
                 if shown:  # after saving: on a small GPU it may run out of memory
                     preview(model, run, state)
@@ -347,7 +361,10 @@ def learn(model, progress: tqdm, run: Run, start: Tensor, steps: int, args) -> b
         raise
     finally:
         progress.close()
-    return state.step == steps
+    save_run(run, state, args.save_image_words)
+    if state.step < steps and not asked:
+        print(f"steady after {state.step} of {steps} steps")
+    return state.step == steps or not asked
 
 
 def row(state: State, start: Tensor) -> dict[str, str]:
