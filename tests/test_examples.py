@@ -183,6 +183,18 @@ def test_fig7_measures_setups_and_references_once(out, monkeypatch, capsys):
     assert (out / "fig7.csv").read_text() == table
 
 
+def test_steps_measures_runs_of_several_lengths(out, monkeypatch, capsys):
+    import steps
+
+    few = {k: steps.SETUPS[k] for k in ("30 steps", "auto", "ours")}
+    monkeypatch.setattr(steps, "SETUPS", few)
+    monkeypatch.setattr(textinv, "read_prompts", lambda: {"background": ["A photo of {} at night"]})
+    run("steps", out)
+    rows = list(csv.DictReader((out / "steps.csv").read_text().splitlines()))
+    assert {row["setup"] for row in rows} == set(few)
+    assert "against ours" in capsys.readouterr().out
+
+
 def test_training_sets_are_of_the_sizes_that_they_say(out, monkeypatch):
     import training_set
 
