@@ -297,6 +297,29 @@ def caption(rng: random.Random, name: str, style: str, place: str, medium: str, 
     return f"{text} {place}" if rng.random() < 0.85 else text
 
 
+def placed(sprites: Tensor, scale: Tensor, angle: Tensor, mirror: Tensor, shift: Tensor) -> Tensor:
+    """Sprites (n, 4, 64, 64) scaled, turned by an angle in radians, mirrored (-1) or not (1), and
+    shifted by (x, y), in halves of a picture."""
+    cos, sin = angle.cos() / scale, angle.sin() / scale
+    theta = torch.stack(
+        [torch.stack([mirror * cos, -mirror * sin], 1), torch.stack([sin, cos], 1)], 1
+    )
+    offset = -(theta @ shift[:, :, None])
+    size = [len(sprites), 4, SIZE, SIZE]
+    grid = F.affine_grid(torch.cat([theta, offset], 2), size, align_corners=False)
+    return F.grid_sample(sprites, grid, align_corners=False)
+
+
+def plain(color: str, down: float, right: float, tint: Tensor) -> Tensor:
+    """A background (3, 64, 64) of one colour, a little brighter one way, and tinted (3, 1, 1)."""
+    ramp = torch.linspace(-1, 1, SIZE)
+    return (
+        torch.tensor(COLORS[color]).view(3, 1, 1) / 255
+        + (ramp[:, None] * down + ramp * right)
+        + tint
+    )
+
+
 def compose(sprites: Tensor, bank: Tensor, names: list[str], coarse: list[str], n: int, seed: int):
     """n random scenes: pictures (n, 3, 64, 64) in [0, 1], captions, (name, place, medium), and
     how much of each pixel is the thing's (n, 64, 64)."""
@@ -313,19 +336,11 @@ def compose(sprites: Tensor, bank: Tensor, names: list[str], coarse: list[str], 
     shift = (torch.rand(n, 2, generator=g) * 2 - 1) * room[:, None]
     shift[:, 1] = shift[:, 1].abs() * 0.7 - 0.2 * room  # rather low: things stand on the ground
 
-    cos, sin = angle.cos() / scale, angle.sin() / scale
-    theta = torch.stack(
-        [torch.stack([mirror * cos, -mirror * sin], 1), torch.stack([sin, cos], 1)], 1
-    )
-    offset = -(theta @ shift[:, :, None])
-    grid = F.affine_grid(torch.cat([theta, offset], 2), [n, 4, SIZE, SIZE], align_corners=False)
-    layer = F.grid_sample(sprites[who, vendor], grid, align_corners=False)
-
+    layer = placed(sprites[who, vendor], scale, angle, mirror, shift)
     kinds = list(SCENES) + list(COLORS)
     odds = [1 / len(SCENES)] * len(SCENES) + [0.8 / len(COLORS)] * len(COLORS)
     places = rng.choices(kinds, odds, k=n)
     media = rng.choices(list(MEDIA), MEDIA_ODDS, k=n)
-    ramp = torch.linspace(-1, 1, SIZE)
     pictures, captions = [], []
     for i, place in enumerate(places):
         if place in SCENES:
@@ -333,9 +348,8 @@ def compose(sprites: Tensor, bank: Tensor, names: list[str], coarse: list[str], 
             back = back.flip(-1) if rng.random() < 0.5 else back
             where = SCENES[place]
         else:
-            color = torch.tensor(COLORS[place]).view(3, 1, 1) / 255
-            tilt = ramp[:, None] * rng.uniform(-0.06, 0.06) + ramp * rng.uniform(-0.06, 0.06)
-            back = color + tilt + 0.03 * torch.randn(3, 1, 1, generator=g)
+            tilt = rng.uniform(-0.06, 0.06), rng.uniform(-0.06, 0.06)
+            back = plain(place, *tilt, 0.03 * torch.randn(3, 1, 1, generator=g))
             where = f"on a {place} background".replace("a orange", "an orange")
         pictures.append(back.clamp(0, 1))
         name = names[who[i]] if rng.random() < 0.93 else coarse[who[i]]

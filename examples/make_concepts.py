@@ -3,39 +3,54 @@
     python examples/make_concepts.py SPRITES
 
 SPRITES is the folder of emoji_data.py. Each object set shows one vendor's drawing of one held-out
-thing in five scenes; the style set shows five trained things as blueprints. The pictures are the
-photos among the random scenes of `compose`, so poses and places are like those in training; the
-backgrounds are newly drawn.
+thing in five scenes, never in the water or on fire, which is left to prompts; the style set shows
+five trained things as blueprints. The poses were drawn once by chance (concepts/poses.json).
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from emoji_data import HELD_OUT, SIZE, TRAINED, compose, load_sprite, scene_bank, split_names
+from emoji_data import (
+    HELD_OUT,
+    SCENES,
+    SIZE,
+    TRAINED,
+    load_sprite,
+    placed,
+    plain,
+    scene_bank,
+    split_names,
+)
 from PIL import Image
 from torch import Tensor
 
-# Who drew it, and where it is shown: never in the water or on fire, which is left to prompts.
-OBJECTS = {
-    "mushroom": ("noto", "grass table night blue yellow"),
-    "teapot": ("twemoji", "table beach snow yellow pink"),
-    "parrot": ("fluent", "grass beach night white gray"),
-    "hedgehog": ("twemoji", "grass snow moon green blue"),
-    "cupcake": ("fluent", "table grass moon white green"),
-    "lantern": ("noto", "night snow grass blue white"),
-    "teddy": ("noto", "snow beach night purple white"),
+CONCEPTS = Path(__file__).resolve().parent / "concepts"
+VENDORS_OF = {  # who drew it
+    "mushroom": "noto",
+    "teapot": "twemoji",
+    "parrot": "fluent",
+    "hedgehog": "twemoji",
+    "cupcake": "fluent",
+    "lantern": "noto",
+    "teddy": "noto",
 }
 BLUEPRINTS = "house noto, car twemoji, guitar fluent, robot noto, sailboat twemoji"
 
 
-def photos(sprite: Tensor, bank: Tensor, places: list[str], seed: int) -> list[Tensor]:
-    """One photo (3, 64, 64) of the sprite in each place."""
-    sprites = sprite.expand(1, 3, -1, -1, -1)  # the same drawing for all three vendors
-    pictures, _, facts, _ = compose(sprites, bank, ["thing"], ["thing"], 300, seed)
-    shown = [(place, medium) for _, place, medium in facts]
-    return [pictures[shown.index((place, "photo"))] for place in places]
+def photo(sprite: Tensor, bank: Tensor, pose: dict) -> Tensor:
+    """The sprite (4, 64, 64) in a pose and a place, (3, 64, 64) in [0, 1]."""
+    numbers = (torch.tensor([pose[key]]) for key in ("scale", "angle", "mirror", "shift"))
+    layer = placed(sprite[None], *numbers)[0]
+    if pose["place"] in SCENES:
+        back = bank[list(SCENES).index(pose["place"]), pose["number"]]
+        back = back.flip(-1) if pose["flip"] else back
+    else:
+        tint = torch.tensor(pose["tint"]).view(3, 1, 1)
+        back = plain(pose["place"], pose["down"], pose["right"], tint).clamp(0, 1)
+    return (back * (1 - layer[3:]) + layer[:3]).clamp(0, 1)
 
 
 def blueprint(x: Tensor) -> Tensor:
@@ -63,19 +78,18 @@ def save(folder: Path, pictures: list[Tensor]):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("sprites", type=Path)
-    sprites = parser.parse_args().sprites
-    root = Path(__file__).resolve().parent / "concepts"
+    parser.add_argument("--out", type=Path, default=CONCEPTS)
+    args = parser.parse_args()
+    poses = json.loads((CONCEPTS / "poses.json").read_text())
     bank = scene_bank(per_scene=8, seed=1)
     emoji = split_names(" ".join([HELD_OUT, *TRAINED.values()]))
-    for seed, (name, (vendor, places)) in enumerate(OBJECTS.items(), 8):
-        sprite = load_sprite(sprites, vendor, emoji[name])
-        save(root / name, photos(sprite, bank, places.split(), seed))
-    drawn = []
-    for seed, entry in enumerate(BLUEPRINTS.split(", "), 2):
-        name, vendor = entry.split()
-        sprite = load_sprite(sprites, vendor, emoji[name])
-        drawn.append(blueprint(photos(sprite, bank, ["green"], seed)[0]))
-    save(root / "blueprint", drawn)
+    for name, vendor in VENDORS_OF.items():
+        sprite = load_sprite(args.sprites, vendor, emoji[name])
+        save(args.out / name, [photo(sprite, bank, pose) for pose in poses[name]])
+    things = (entry.split() for entry in BLUEPRINTS.split(", "))
+    sprites = [load_sprite(args.sprites, vendor, emoji[name]) for name, vendor in things]
+    shown = [photo(sprite, bank, pose) for sprite, pose in zip(sprites, poses["blueprint"])]
+    save(args.out / "blueprint", [blueprint(picture) for picture in shown])
 
 
 if __name__ == "__main__":

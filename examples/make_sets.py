@@ -27,7 +27,7 @@ from emoji_data import (
     split_names,
 )
 from experiment import EXAMPLES
-from make_concepts import OBJECTS, blueprint, save, to_image
+from make_concepts import VENDORS_OF, blueprint, save, to_image
 from PIL import Image
 from torch import Tensor
 
@@ -57,8 +57,7 @@ def main():
     bank, out = scene_bank(per_scene=8, seed=2), EXAMPLES / "sets"
     out.mkdir(exist_ok=True)
     for name in ("mushroom", "teddy"):
-        vendor, places = OBJECTS[name]
-        sprite = load_sprite(folder, vendor, held_out[name])
+        sprite = load_sprite(folder, VENDORS_OF[name], held_out[name])
         one = sprite.expand(1, 3, -1, -1, -1)
         shown = [Image.open(p) for p in sorted((EXAMPLES / "concepts" / name).glob("*.png"))]
         backs = [bank[list(SCENES).index(place), 0] for place in PLACES[:5]]

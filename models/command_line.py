@@ -372,8 +372,10 @@ def row(state: State, start: Tensor) -> dict[str, str]:
     vectors = state.concept.vectors.detach().cpu()
     moved = (vectors - start[: len(vectors)].cpu()).norm(dim=1).mean()
     norm = vectors.norm(dim=1).mean()
-    loss = state.loss.item()
-    return dict(step=str(state.step), loss=f"{loss:.6f}", norm=f"{norm:.4f}", moved=f"{moved:.4f}")
+    watched = state.watch and state.step % Watch.EVERY == 0
+    fixed = f"{state.watch.losses[-1]:.6f}" if watched else ""
+    figures = dict(step=str(state.step), loss=f"{state.loss.item():.6f}", fixed_loss=fixed)
+    return figures | dict(norm=f"{norm:.4f}", moved=f"{moved:.4f}")
 
 
 def mean_loss(run: Run) -> str:
