@@ -22,7 +22,7 @@ import random
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -230,6 +230,7 @@ def is_one_word(placeholder: str) -> bool:
 
 
 def check_placeholder(model: LatentDiffusion, placeholder: str) -> None:
+    """Raises ValueError for a name that is not one word, or that the model knows already."""
     fault = None
     if not is_one_word(placeholder):
         fault = "is empty or has a space in it"
@@ -616,6 +617,7 @@ def invert(model: LatentDiffusion, images: Images, init_word: str, **options) ->
 
 
 def check_concepts(model: LatentDiffusion, concepts: Sequence[Concept]) -> None:
+    """Raises ValueError for words of another model's width, and for names that are no good."""
     width = model.text_encoder.token_table.shape[1]
     seen = set()
     for concept in concepts:
@@ -713,16 +715,33 @@ def sample(
     for first in range(0, len(jobs), batch_size):
         rows, seeds = zip(*jobs[first : first + batch_size])
         generators = [torch.Generator().manual_seed(s) for s in seeds]
-        predict = partial(model.guided, **given | dict(context=given["context"][list(rows)]))
+        own = given | dict(context=given["context"][list(rows)])
 
         def draw(generators=generators) -> Tensor:
             noise = [torch.randn(shape, generator=g) for g in generators]
             return torch.stack(noise).to(model.device)
 
-        for latents in model.schedule.ddim_sample(predict, draw(), steps, eta, draw):
-            pass
-        images += finished(model.decode_latents(latents))
+        images += finished(model.decode_latents(denoise(model, draw(), steps, eta, draw, **own)))
     return images
+
+
+def denoise(
+    model: LatentDiffusion,
+    x_T: Tensor,
+    steps: int,
+    eta: float = 0.0,
+    draw: Callable[[], Tensor] | None = None,
+    **given,
+) -> Tensor:
+    """Latents (B, C, h, w) by DDIM from noise x_T like them; `given` is what `conditions` returns,
+    and `draw` makes more noise where eta is not 0."""
+    predict = partial(model.guided, **given)
+    for latents in model.schedule.ddim_sample(predict, x_T, steps, eta, draw):
+        pass
+    return latents
+
+
+STRENGTH = {False: 0.6, True: 1.0}  # of `edit`, by whether there is a mask
 
 
 @torch.no_grad()
@@ -752,7 +771,7 @@ def edit(
     without white, and as `sample` does.
     """
     image = open_image(image)
-    strength = (0.6 if mask is None else 1.0) if strength is None else strength
+    strength = STRENGTH[mask is not None] if strength is None else strength
     if not 0 < strength <= 1:
         raise ValueError(f"strength is {strength}; it goes from 0 (keep all) to 1 (new picture)")
     check_range(1, n=n)

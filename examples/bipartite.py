@@ -12,7 +12,7 @@ the inversion asks the model at a place where the way back does not quite pass.
 from functools import partial
 
 import torch
-from experiment import Lab, last, options, pictures
+from experiment import Lab, options, pictures
 from sheet import sheet
 
 import textinv
@@ -26,14 +26,6 @@ PROMPTS = (
 SCALES = (1, 1.5, 2, 3, 5)
 
 
-def predictor(lab: Lab, prompt: str, word: textinv.Concept, guidance_scale: float):
-    """eps_theta(x_t, t) for one prompt."""
-    text = prompt.replace("{}", word.placeholder)
-    return partial(
-        lab.model.guided, **textinv.conditions(lab.model, [text], [word], guidance_scale)
-    )
-
-
 def main(argv=None) -> None:
     parser = options(__doc__, samples=1, steps=100)
     parser.add_argument("--concept", default="teddy", help="a set, or a word's file")
@@ -41,28 +33,28 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     lab = Lab.of(args)
     word = lab.word(args.concept)
+    texts = [prompt.replace("{}", word.placeholder) for prompt in PROMPTS]
     image = args.image or textinv.find_images(pictures(args.concept))[1]
     source = textinv.prepare_images([image], lab.model.size)
-    latents, schedule = lab.model.encode_images(source), lab.model.schedule
+    latents = lab.model.encode_images(source)
 
-    plain = predictor(lab, PROMPTS[0], word, 1)
+    given = textinv.conditions(lab.model, texts[:1], [word], guidance_scale=1)
+    invert = partial(lab.model.schedule.ddim_invert, partial(lab.model.guided, **given), latents)
     for steps in (5, 10, 20) if args.quick else (10, 25, 50, 100, 250, 500):
-        x_T = last(schedule.ddim_invert(plain, latents, steps))
-        back = last(schedule.ddim_sample(plain, x_T, steps))
+        *_, x_T = invert(steps)
+        back = textinv.denoise(lab.model, x_T, steps, **given)
         error = (back - latents).square().mean().sqrt() / latents.std()
         print(f"{steps:4} steps there and back: error {error:.4f} of the latents' deviation")
 
-    x_T = last(schedule.ddim_invert(plain, latents, args.steps))
+    *_, x_T = invert(args.steps)
     rows = {"the picture, and as the autoencoder has it": textinv.to_pil(source)}
     rows[next(iter(rows))] += textinv.to_pil(lab.model.decode_latents(latents))
-    for prompt in PROMPTS[: 2 if args.quick else None]:
+    for text in texts[: 2 if args.quick else None]:
         drawn = []
         for scale in SCALES[: 2 if args.quick else None]:
-            predict = predictor(lab, prompt, word, scale)
-            drawn.append(last(schedule.ddim_sample(predict, x_T, args.steps)))
-        rows[prompt.replace("{}", word.placeholder)] = textinv.to_pil(
-            lab.model.decode_latents(torch.cat(drawn))
-        )
+            given = textinv.conditions(lab.model, [text], [word], scale)
+            drawn.append(textinv.denoise(lab.model, x_T, args.steps, **given))
+        rows[text] = textinv.to_pil(lab.model.decode_latents(torch.cat(drawn)))
     lab.save("bipartite.png", sheet(rows, [f"guidance {scale}" for scale in SCALES]))
 
 

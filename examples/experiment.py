@@ -8,11 +8,9 @@ options change is not asked again of a result that is there: take another --out 
 import argparse
 import json
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -128,14 +126,6 @@ def tiles(name: str, side: int = 64) -> list[Image.Image]:
     sheet = Image.open(EXAMPLES / "sets" / name).convert("RGB")
     corners = [(x, y) for y in range(0, sheet.height, side) for x in range(0, sheet.width, side)]
     return [sheet.crop((x, y, x + side, y + side)) for x, y in corners]
-
-
-@torch.no_grad()
-def last(states: Iterable[torch.Tensor]) -> torch.Tensor:
-    """The last of the states that a sampler goes through."""
-    for x in states:
-        pass
-    return x
 
 
 def plus_minus(values) -> str:

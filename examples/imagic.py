@@ -12,7 +12,7 @@ a learnt word brings the thing alone into new scenes: the first row.
 from functools import partial
 
 import torch
-from experiment import Lab, last, options, pictures
+from experiment import Lab, options, pictures
 from sheet import sheet
 from tuning import tune
 
@@ -46,13 +46,11 @@ def optimized(context: torch.Tensor, loss, steps: int, lr: float) -> torch.Tenso
 
 def draw(lab: Lab, context: torch.Tensor, seed: int):
     """A picture of a context (1, L, D)."""
-    model = lab.model
-    given = dict(uncond=model.encode_text([""]), guidance_scale=textinv.guidance_of(model, None))
+    model, given = lab.model, textinv.conditions(lab.model, [""]) | dict(context=context)
     shape = (1, *model.latent_shape((model.size, model.size)))
     x_T = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(model.device)
-    predict = partial(model.guided, context=context, **given)
-    x = last(model.schedule.ddim_sample(predict, x_T, lab.sampling["steps"]))
-    return textinv.to_pil(model.decode_latents(x))[0]
+    latents = textinv.denoise(model, x_T, lab.sampling["steps"], **given)
+    return textinv.to_pil(model.decode_latents(latents))[0]
 
 
 def main(argv=None) -> None:

@@ -104,6 +104,8 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
+    """Pictures (b, 3, H, W) to mean and log variance, (b, 2 * z_channels, h, w)."""
+
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         widths, groups = config.widths, config.norm_groups
@@ -126,6 +128,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Latents (b, z_channels, h, w) to pictures (b, 3, H, W)."""
+
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         widths, groups = config.widths, config.norm_groups

@@ -292,6 +292,8 @@ def component(folder: Path) -> tuple[Tensors, dict]:
 
 
 def from_diffusers(path: Path, family: str | None) -> Parts:
+    """A folder of Stable Diffusion 1 or 2 as diffusers writes it; warns of a schedule that is not
+    the usual one."""
     if (path / "text_encoder_2").exists():
         raise CheckpointError(f"{path}: Stable Diffusion XL is not supported; {EXPECTED}")
     unet, config = component(path / "unet")
@@ -332,6 +334,7 @@ def from_diffusers(path: Path, family: str | None) -> Parts:
 
 
 def take_apart(path: Path, family: str | None) -> Parts:
+    """A single file, a folder of diffusers', or one like that of the bundled model."""
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder; {EXPECTED}")
     if path.is_file():

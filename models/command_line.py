@@ -27,6 +27,7 @@ import textinv
 from textinv import (
     RATES,
     STOPS,
+    STRENGTH,
     TEMPLATES,
     NotFinite,
     State,
@@ -484,7 +485,8 @@ def run_edit(args: argparse.Namespace) -> None:
     image = open_image(args.image)
     mask = open_mask(args.mask, image.size) if args.mask else None
     concepts, model = words_for(args, [args.prompt]), load_for(args)
-    settings = dict(strength=args.strength, steps=args.steps)
+    strength = STRENGTH[mask is not None] if args.strength is None else args.strength
+    settings = dict(strength=strength, steps=args.steps)
     settings |= dict(reconstruct_steps=args.reconstruct_steps)
     settings |= dict(guidance_scale=guidance_of(model, args.guidance))
     print(f"repainting {args.image}, {args.n} version(s), {args.steps} DDIM steps, to {out}")

@@ -189,6 +189,7 @@ class LatentDiffusion:
 
     # ------------------------------------------------------------------------------ guidance
 
+    @torch.no_grad()
     def guided(
         self, x_t: Tensor, t: Tensor, context: Tensor, uncond: Tensor, guidance_scale: float
     ) -> Tensor:

@@ -40,6 +40,8 @@ class UNetConfig:
 
 
 class ResBlock(nn.Module):
+    """(b, c_in, h, w) to (b, c_out, h, w), told the timestep by its embedding (b, emb_dim)."""
+
     def __init__(self, c_in: int, c_out: int, config: UNetConfig):
         super().__init__()
         groups = config.norm_groups  # trap: eps is 1e-5 here, 1e-6 in the spatial transformers
@@ -78,6 +80,8 @@ class CrossAttention(nn.Module):
 
 
 class GEGLU(nn.Module):
+    """A linear layer whose one half is gated by the other (Shazeer 2020)."""
+
     def __init__(self, d_in: int, d_out: int):
         super().__init__()
         self.proj = nn.Linear(d_in, 2 * d_out)
@@ -117,6 +121,9 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
+    """Adds to a picture (b, c, h, w) what transformer blocks make of its h * w positions and of the
+    context (b, L, context_dim)."""
+
     def __init__(self, width: int, config: UNetConfig):
         super().__init__()
         self.norm = nn.GroupNorm(config.norm_groups, width, eps=1e-6)
