@@ -63,56 +63,33 @@ __all__ = [
 
 # ------------------------------------------------------------------- y: the templates (appendix J)
 
-OBJECT_TEMPLATES = (
-    "a photo of a {}",
-    "a rendering of a {}",
-    "a cropped photo of the {}",
-    "the photo of a {}",
-    "a photo of a clean {}",
-    "a photo of a dirty {}",
-    "a dark photo of the {}",
-    "a photo of my {}",
-    "a photo of the cool {}",
-    "a close-up photo of a {}",
-    "a bright photo of the {}",
-    "a cropped photo of a {}",
-    "a photo of the {}",
-    "a good photo of the {}",
-    "a photo of one {}",
-    "a close-up photo of the {}",
-    "a rendition of the {}",
-    "a photo of the clean {}",
-    "a rendition of a {}",
-    "a photo of a nice {}",
-    "a good photo of a {}",
-    "a photo of the nice {}",
-    "a photo of the small {}",
-    "a photo of the weird {}",
-    "a photo of the large {}",
-    "a photo of a cool {}",
-    "a photo of a small {}",
+
+def listed(text: str) -> tuple[str, ...]:
+    """The entries of "one, two, ..." on any number of lines."""
+    return tuple(" ".join(text.split()).split(", "))
+
+
+OBJECT_TEMPLATES = listed(
+    """
+    a photo of a {}, a rendering of a {}, a cropped photo of the {}, the photo of a {}, a photo of
+    a clean {}, a photo of a dirty {}, a dark photo of the {}, a photo of my {}, a photo of the
+    cool {}, a close-up photo of a {}, a bright photo of the {}, a cropped photo of a {}, a photo
+    of the {}, a good photo of the {}, a photo of one {}, a close-up photo of the {}, a rendition
+    of the {}, a photo of the clean {}, a rendition of a {}, a photo of a nice {}, a good photo of
+    a {}, a photo of the nice {}, a photo of the small {}, a photo of the weird {}, a photo of the
+    large {}, a photo of a cool {}, a photo of a small {}
+    """
 )
 # For styles the paper's code exchanges the noun and puts the word behind "in the style of".
 STYLE_TEMPLATES = tuple(
     f"{text} in the style of {{}}"
-    for text in (
-        "a painting",
-        "a rendering",
-        "a cropped painting",
-        "the painting",
-        "a clean painting",
-        "a dirty painting",
-        "a dark painting",
-        "a picture",
-        "a cool painting",
-        "a close-up painting",
-        "a bright painting",
-        "a good painting",
-        "a rendition",
-        "a nice painting",
-        "a small painting",
-        "a weird painting",
-        "a large painting",
+    for text in listed(
+        """
+        a painting, a rendering, a cropped painting, the painting, a clean painting, a dirty
+        painting, a dark painting, a picture, a cool painting, a close-up painting, a bright
+        painting, a good painting, a rendition, a nice painting, a small painting, a weird
+        painting, a large painting
+        """
     )
 )
 TEMPLATES = {"object": OBJECT_TEMPLATES, "style": STYLE_TEMPLATES}

@@ -13,16 +13,11 @@ import json
 
 import lpips_fid
 from experiment import Lab, options, tiles
+from measures import cluster_diversity, frechet
 
 import textinv
 from models.command_line import draw_chart
-from models.evaluation import (
-    cluster_diversity,
-    editability,
-    frechet,
-    reconstruction,
-    without_placeholder,
-)
+from models.evaluation import editability, reconstruction, without_placeholder
 from models.files import write_file, write_table
 
 # Sheet: init word, templates, and prompts: for the distances, then for editability.

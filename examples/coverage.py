@@ -6,13 +6,13 @@ For each set: the L2 distances between its pictures (in CLIP's space), and those
 and samples of "a photo of <s>". The concept is covered where Welch's test cannot tell the two means
 apart (p > 0.05): for all samples, and for the 1/2, 1/4, 1/6 and 1/8 of the distances closest to
 their mean, the paper's cherry-picking. Welch's, because the sets are of very unequal size; scipy is
-no dependency, the test is in models/evaluation.py. The distances of one set share pictures, so they
+no dependency, the test is in measures.py. The distances of one set share pictures, so they
 are not independent and p is too small: a covered concept is the safer verdict.
 """
 
 from experiment import CONCEPTS, STYLES, Lab, opened, options, pictures
+from measures import closest, distances, welch
 
-from models.evaluation import closest, distances, welch
 from models.files import write_table
 
 SHARES = (1, 1 / 2, 1 / 4, 1 / 6, 1 / 8)

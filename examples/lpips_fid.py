@@ -7,10 +7,10 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-import experiment  # noqa: F401  so that the next line finds the repository
+import experiment  # noqa: F401  so that the repository is found
 import torch
+from measures import cluster_diversity
 
-from models.evaluation import cluster_diversity
 from textinv import prepare_images
 
 

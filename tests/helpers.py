@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -148,3 +149,9 @@ def renamed(state: dict[str, Tensor], table: str, prefix: str) -> dict[str, Tens
     for key in entry.get("squeeze", ()):  # 1x1 convolutions there, linear layers in diffusers
         state[key.removeprefix(prefix)] = state[key.removeprefix(prefix)][:, :, None, None]
     return state
+
+
+def units(*shape: int, seed: int = 0) -> Tensor:
+    """Random features whose rows have something in common, as CLIP's do."""
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return F.normalize(x + 0.5, dim=-1)
