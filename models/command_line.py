@@ -135,7 +135,8 @@ def add_invert(p: argparse.ArgumentParser) -> None:
     p.add_argument("--progressive", action="store_true", help="one vector, then two, then three")
     p.add_argument("--per-image", action="store_true", help="also a word for each picture alone")
     p.add_argument("--save-image-words", action="store_true", help="write those words as well")
-    templates = "object, style, captions (cat.txt beside cat.jpg), a file, or 'a photo of {}'"
+    named = ", ".join(TEMPLATES)
+    templates = f"{named}, captions (cat.txt beside cat.jpg), a file, or 'a photo of {{}}'"
     p.add_argument("--templates", default="object", metavar="T", help=templates)
     p.add_argument("--no-flip", action="store_true", help="do not mirror the pictures")
     p.add_argument("--gradient-checkpointing", action="store_true", help="less memory, slower")
@@ -237,8 +238,8 @@ def read_templates(choice: str, pictures: Sequence[Path]) -> list[str] | list[li
         return [read_lines(path.with_suffix(".txt")) for path in pictures]
     if not Path(choice).is_file():
         raise ValueError(
-            f"--templates {choice} is no file; use object, style, captions, a file with one "
-            "template a line, or a template such as 'a photo of {}'"
+            f"--templates {choice} is no file; use {', '.join(TEMPLATES)}, captions, a file with "
+            "one template a line, or a template such as 'a photo of {}'"
         )
     return read_lines(Path(choice))
 
@@ -369,13 +370,15 @@ def learn(model, progress: tqdm, run: Run, start: Tensor, args) -> bool:
 
 
 def row(state: State, start: Tensor) -> dict[str, str]:
-    """A line of the table: how long the vectors are and how far from where they started."""
-    vectors = state.concept.vectors.detach().cpu()
-    moved = (vectors - start[: len(vectors)].cpu()).norm(dim=1).mean()
-    norm = vectors.norm(dim=1).mean()
+    """A line of the table: how long the vectors are and how far from where they started. One wait
+    for the device, for all of it."""
+    vectors = state.concept.vectors.detach()
+    moved = vectors - start[: len(vectors)]
+    figures = [state.loss, vectors.norm(dim=1).mean(), moved.norm(dim=1).mean()]
+    loss, norm, moved = torch.stack(figures).tolist()
     watched = state.watch and state.step % Watch.EVERY == 0
     fixed = f"{state.watch.losses[-1]:.6f}" if watched else ""
-    figures = dict(step=str(state.step), loss=f"{state.loss.item():.6f}", fixed_loss=fixed)
+    figures = dict(step=str(state.step), loss=f"{loss:.6f}", fixed_loss=fixed)
     return figures | dict(norm=f"{norm:.4f}", moved=f"{moved:.4f}")
 
 
