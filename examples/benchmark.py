@@ -19,49 +19,15 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from benchmark_parts import FULL_SIZE, matmul_rate, timed, write_random
 from experiment import ROOT, pictures
-from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import textinv
-from models.autoencoder import Autoencoder, AutoencoderConfig
-from models.bert import BertConfig, BertTextEncoder
 from models.checkpoint import best_device, best_dtype
-from models.clip import CLIPTextEncoder, TextConfig
 from models.command_line import PRECISIONS, peak_memory
-from models.unet import UNet, UNetConfig
 
-# Stable Diffusion 1.5, and LDM-1.45B: the UNet's context, the text encoder, its place in the file.
-FULL_SIZE = {
-    "sd1": (768, lambda: CLIPTextEncoder(TextConfig()), "cond_stage_model.transformer."),
-    "ldm": (1280, lambda: BertTextEncoder(BertConfig()), "cond_stage_model."),
-}
 TEACHING = dict(init_word="toy", templates=["a photo of a {}"])
-
-
-def write_random(name: str, path: Path) -> None:
-    """A checkpoint of the full size in fp16."""
-    width, encoder, prefix = FULL_SIZE[name]
-    parts = {prefix: encoder(), "first_stage_model.": Autoencoder(AutoencoderConfig())}
-    parts["model.diffusion_model."] = UNet(UNetConfig(context_dim=width))
-    state = {p + k: v.half() for p, module in parts.items() for k, v in module.state_dict().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, path)
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """TFLOP/s of a large matrix product."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    return 2 * n**3 / min(timed(lambda: a @ b, device) for _ in range(5)) / 1e12
-
-
-def timed(work, device: torch.device) -> float:
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def measure(args: argparse.Namespace) -> dict:

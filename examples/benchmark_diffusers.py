@@ -9,7 +9,7 @@ from statistics import median
 
 import torch
 import torch.nn.functional as F
-from benchmark import timed
+from benchmark_parts import timed
 from experiment import pictures
 
 import textinv
