@@ -44,8 +44,8 @@ def measures(lab: Lab, name: str, count: int, concept: textinv.Concept) -> dict[
     everything, prompts = tiles(f"{name}.webp"), SETS[name][2]
     filled = [prompt.format(f"<{name}>") for prompt in prompts]
     few = max(2, lab.sampling["n"] // 8)  # a mean needs fewer than a distribution
-    drawn = [lab.draw(filled[0], [concept])]
-    drawn += [lab.draw(prompt, [concept], n=few) for prompt in filled[1:]]
+    counts = [lab.sampling["n"]] + [few] * len(prompts[1:])
+    drawn = [lab.draw(prompt, [concept], n=n) for prompt, n in zip(filled, counts)]
     images = lab.scorer.images(everything)
     plain, *edited = (lab.scorer.images(group) for group in drawn)
     texts = lab.scorer.texts([without_placeholder(prompt, "{}") for prompt in prompts[1:]])
@@ -59,8 +59,7 @@ def measures(lab: Lab, name: str, count: int, concept: textinv.Concept) -> dict[
 
 def main(argv=None) -> None:
     args = options(__doc__, samples=64).parse_args(argv)
-    lab, rows = Lab.of(args), []
-    at = STEPS[args.quick]
+    lab, rows, at = Lab.of(args), [], STEPS[args.quick]
     print(lpips_fid.networks()[-1])
     for name in SETS:
         for count in (1, 5) if args.quick else (1, 5, 25):

@@ -8,18 +8,13 @@ the pictures whose own prompt was picked, and those whose thing was (whatever th
 
 import argparse
 import random
-import sys
-from pathlib import Path
 
+import experiment  # noqa: F401  so that the repository is found
 import torch
+from emoji_data import TRAINED, split_names
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
-
-from emoji_data import TRAINED, split_names  # noqa: E402
-
-import textinv  # noqa: E402
-from models.evaluation import Scorer  # noqa: E402
+import textinv
+from models.evaluation import Scorer
 
 PROMPTS = """
 a photo of an apple on a blue background
@@ -67,12 +62,9 @@ def main() -> None:
     parser.add_argument("--out", default="grid.png")
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     model = textinv.load_model()
-    images = textinv.sample(
-        model, PROMPTS, steps=args.steps, guidance_scale=args.guidance, seed=args.seed
-    )
+    images = textinv.sample(model, PROMPTS, steps=args.steps, guidance_scale=args.guidance)
     sheet = textinv.grid([i.resize((128, 128)) for i in images], columns=8)
     sheet.quantize(256).save(args.out, optimize=True)
 
