@@ -46,6 +46,28 @@ def test_init_words_vector_encodes_exactly_like_the_word(model):
     assert torch.equal(with_word, with_concept)
 
 
+def test_equal_prompts_are_encoded_once_and_all_get_a_gradient(model, monkeypatch):
+    word = textinv.Concept("<m>", textinv.initial_vectors(model, "plant", 1).requires_grad_())
+    prompts = ["a photo of <m>", "a sketch", "a photo of <m>", "a photo of <m>"]
+    shapes, forward = [], type(model.text_encoder).forward
+
+    def noted(self, embeddings):
+        shapes.append(tuple(embeddings.shape[:2]))
+        return forward(self, embeddings)
+
+    monkeypatch.setattr(type(model.text_encoder), "forward", noted)
+    together = model.encode_text(prompts, [word])
+    assert shapes == [(2, model.tokenizer.max_length)]
+    apart = torch.cat([model.encode_text([prompt], [word]) for prompt in prompts])
+    torch.testing.assert_close(together, apart, rtol=0, atol=2e-5)
+    probe = torch.randn(together.shape, generator=torch.Generator().manual_seed(0))
+    gradients = [
+        torch.autograd.grad((context * probe).sum(), word.vectors)[0]
+        for context in (together, apart)
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
 def test_phrases_fill_average_or_repeat(model):
     table = model.text_encoder.token_table
     red, apple = (table[model.tokenizer.token_ids(w)[0]] for w in ("red", "apple"))
