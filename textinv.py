@@ -9,7 +9,8 @@ own in the space of the token embeddings, and v* alone is trained, with the mode
 
     v* = argmin_v  E_{z ~ E(x), y, eps ~ N(0, 1), t}  || eps - eps_theta(z_t, t, c_theta(y, v)) ||^2
 
-(`diffusion_loss`: the mean over batch and elements; where a model predicts v, v for eps.)
+`diffusion_loss` is the mean of it over batch and elements. (A model that was trained to predict
+velocity instead of eps is held to that; it has nothing to do with the word v.)
 
 This file reads from top to bottom as the method: templates (y), pictures (x), the word (v),
 training, sampling, measuring. What v* is looked up in: models/latent_diffusion.py, `embed`. The
@@ -262,9 +263,10 @@ def draw_batch(
 def diffusion_loss(
     model: LatentDiffusion, latents: Tensor, context: Tensor, t: Tensor, noise: Tensor
 ) -> Tensor:
-    """Eq. 1 of the paper for given t and noise, a scalar: the mean squared error of the model's
-    prediction (eps, or v where model.schedule says so) for latents (B, C, h, w), noised to
-    timesteps t (B,), on the CPU like the schedule, when told the context (B, L, D)."""
+    """The error that the paper's eq. 1 and 2 take the expectation of, a scalar: the mean square of
+    what the model predicts of latents (B, C, h, w), noised with `noise` to timesteps t (B,), given
+    the context (B, L, D), less what it should: eps, or velocity where model.schedule says so. t
+    lies on the CPU, like the schedule."""
     x_t = model.schedule.q_sample(latents, t, noise)
     prediction = model.unet(x_t, t.to(x_t.device), context).float()
     return F.mse_loss(prediction, model.schedule.target(latents, t, noise))
@@ -272,45 +274,43 @@ def diffusion_loss(
 
 @dataclass
 class Lesson:
-    """What the steps of a training draw from."""
+    """What the steps of a training draw their batches from: words, prompts and pictures, by
+    `prepare` below."""
 
+    model: LatentDiffusion
     words: list[Concept]  # the word that is learnt, and those of single pictures
     texts: list[list[str]]  # each picture's templates
     picture: list[int]  # which picture each of the latents is of
-    mean: Tensor  # and std: moments of the latents (N, C, h, w), by `latent_moments`
+    mean: Tensor  # and std: moments of the latents (N, C, h, w)
     std: Tensor
+    batch_size: int
+    seed: int
 
-    def draw(
-        self, model: LatentDiffusion, count: int, seed: int, step: int
-    ) -> tuple[list[str], Tensor, Tensor, Tensor]:
+    def draw(self, step: int) -> tuple[list[str], Tensor, Tensor, Tensor]:
         """A batch's prompts, latents, timesteps and noise: the same for the same seed and step."""
-        draw, generator = draws_of_step(seed, step)
-        rows, *batch = draw_batch(model, self.mean, self.std, count, generator)
+        draw, generator = draws_of_step(self.seed, step)
+        rows, *batch = draw_batch(self.model, self.mean, self.std, self.batch_size, generator)
         shown = [self.picture[i] for i in rows]
         return [prompt_for(draw.choice(self.texts[i]), self.words, i) for i in shown], *batch
 
+    def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Eq. 2 on this process's share of a step's batch, to be added up over the processes; and
+        what it was computed from, for `check_finite`."""
+        rank, world = rank_and_world()
+        prompts, *batch = self.draw(step)
+        latents, t, noise = (part[rank::world] for part in batch)
+        context = self.model.encode_text(prompts[rank::world], self.words)
+        loss = diffusion_loss(self.model, latents, context, t, noise) * (len(t) / self.batch_size)
+        return loss, dict(autoencoder=latents, text_encoder=context, UNet=loss.detach().clone())
 
-def batch_loss(
-    model: LatentDiffusion, lesson: Lesson, count: int, seed: int, step: int
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Eq. 2 on this process's share of a batch of `count`, to be added up over the processes; and
-    what it was computed from, for `check_finite`."""
-    rank, world = rank_and_world()
-    prompts, *batch = lesson.draw(model, count, seed, step)
-    prompts, (latents, t, noise) = prompts[rank::world], (part[rank::world] for part in batch)
-    context = model.encode_text(prompts, lesson.words)
-    loss = diffusion_loss(model, latents, context, t, noise) * (len(t) / count)
-    return loss, dict(autoencoder=latents, text_encoder=context, UNet=loss)
-
-
-@torch.no_grad()
-def fixed_loss(model: LatentDiffusion, lesson: Lesson, count: int, seed: int) -> float:
-    """Eq. 2 on batches that are always the same, and that no step of training draws: those of steps
-    0, -1, ..., with eight pictures or more in all."""
-    steps = range(0, -8, -count)
-    loss = torch.stack([batch_loss(model, lesson, count, seed, step)[0] for step in steps]).mean()
-    add_up([loss])
-    return loss.item()
+    @torch.no_grad()
+    def fixed_loss(self) -> float:
+        """Eq. 2 on batches that are always the same and that no step of training draws, of eight
+        pictures or more in all."""
+        steps = range(0, -8, -self.batch_size)
+        loss = torch.stack([self.loss(step)[0] for step in steps]).mean()
+        add_up([loss])
+        return loss.item()
 
 
 @dataclass
@@ -330,6 +330,10 @@ class State:
     parameters: list[Tensor]
     optimizer: torch.optim.AdamW
     watch: Watch | None = None
+
+    def over(self, steps: int) -> bool:
+        """Whether this was the last of so many steps, or has made the word steady."""
+        return self.step >= steps or bool(self.watch and self.watch.steady())
 
     def tensors(self) -> dict[str, Tensor]:
         """All that the next step depends on beside the arguments, for `train(resume=...)`."""
@@ -357,15 +361,20 @@ def restore(state: State, saved: Mapping) -> None:
 
 
 class NotFinite(ValueError):
-    """A step gave NaN or infinity. The word is left as it was before that step."""
+    """NaN or infinity: of a training step (the word is left as it was before it), of the
+    autoencoder, or in sampled pictures."""
 
 
-def check_finite(gradients: Sequence[Tensor], **parts: Tensor) -> None:
+def check_finite(step: int, gradients: Sequence[Tensor], **parts: Tensor) -> None:
     """Raises NotFinite with the name of the part that gave the first NaN or infinity, if the
     gradients hold one: whatever goes wrong on the way ends there."""
     if not all(gradient.isfinite().all() for gradient in gradients):
         broken = (name for name, tensor in parts.items() if not tensor.isfinite().all())
-        raise NotFinite(next(broken, "gradient").replace("_", " "))
+        part = next(broken, "gradient").replace("_", " ")
+        raise NotFinite(
+            f"step {step}: the {part} gave NaN or infinity; the word is left as it was before that "
+            "step; begin anew with another --out and --precision bf16 or fp32, or a lower --lr"
+        )
 
 
 STOPS = ("never", "auto")
@@ -401,13 +410,15 @@ def train(
     anew for each picture of each step; or such a list for each picture. flip: mirror half of the
     pictures; switch it off for things with writing on them. weight_decay: the paper's code leaves
     AdamW's default of 0.01 on, which pulls v* towards 0; here it is off unless asked for.
-    stop: "auto" ends before the last step once the word is steady, by models/stopping.py.
+    stop: "auto" ends before the last step once the word is steady (models/stopping.py), with the
+    best of its vectors; every tenth step costs eight pictures more without a gradient.
     gradient_checkpointing: less memory, more time.
 
     The setups of section 5.2: regularize: weight of the squared distance of each vector from where
     it started (the paper's code mixes the vectors: it multiplies every difference with every
     other). progressive, with three vectors: the second joins after 2/5 of the steps, the third
-    after 4/5 (the paper: 2000 and 4000 of 5000); weight decay works on them all along. per_image:
+    after 4/5 (the paper: 2000 and 4000 of 5000); AdamW knows them all along, so that weight decay
+    works on them before, and their first updates are larger than others'. per_image:
     also learn a word for each picture, to hold what only that picture shows; the prompts end "with"
     it.
 
@@ -431,52 +442,63 @@ def train(
     if world > batch_size:
         raise ValueError(f"a batch of {batch_size} is too small to split among {world} processes")
 
-    start = initial_vectors(model, init_word, vectors).to(model.device)
+    start = initial_vectors(model, init_word, vectors)
     metadata = dict(init_word=init_word, steps=0, lr=lr, batch_size=batch_size, seed=seed)
     metadata |= dict(base_model=model.name, base_model_hash=model.fingerprint)
     word = Concept(placeholder, start.clone(), {k: str(v) for k, v in metadata.items()})
-    lesson = prepare(model, word, images, templates, flip, per_image)
+    lesson = prepare(model, word, images, templates, flip, per_image, batch_size, seed)
     parameters = [w.vectors.requires_grad_() for w in lesson.words]
     optimizer = torch.optim.AdamW(parameters, lr=lr * batch_size, weight_decay=weight_decay)
     watch = Watch() if stop == "auto" else None
     state = State(0, torch.tensor(0.0), word, lesson.words[1:], parameters, optimizer, watch)
     if resume:
         restore(state, resume)
-    if state.step >= steps or state.watch and state.watch.steady():
-        raise ValueError(f"step {state.step} of {steps} is done already; ask for more steps")
+    if state.over(steps):
+        raise ValueError(f"the run is over after {state.step} steps; ask for more, or begin anew")
 
-    def loop() -> Iterator[State]:
-        model.unet.gradient_checkpointing = gradient_checkpointing
-        try:
-            for step in range(state.step + 1, steps + 1):
-                if progressive:
-                    used = 1 + (step - 1) * 5 // (2 * steps)
-                    lesson.words[0] = replace(word, vectors=parameters[0][:used])
-                loss, parts = batch_loss(model, lesson, batch_size, seed, step)
-                drift = ((parameters[0] - start) ** 2).sum() / world
-                optimizer.zero_grad()
-                (loss + regularize * drift).backward()
-                loss = loss.detach()
-                add_up([loss, *(p.grad for p in parameters)])
-                check_finite([p.grad for p in parameters], **parts)
-                optimizer.step()
-                word.metadata["steps"] = str(step)
-                done = False
-                if state.watch and step % Watch.EVERY == 0:
-                    done = state.watch.ends(fixed_loss(model, lesson, batch_size, seed), parameters)
-                yield replace(state, step=step, loss=loss, concept=lesson.words[0])
-                if done:
-                    return
-        except NotFinite as error:
-            raise NotFinite(
-                f"step {step}: the {error} gave NaN or infinity; the word is left as it was before "
-                "that step; begin anew with another --out and --precision bf16 or fp32, or a lower "
-                "--lr"
-            ) from None
-        finally:
-            model.unet.gradient_checkpointing = False
+    def penalty() -> Tensor:
+        return regularize * ((parameters[0] - start) ** 2).sum()
 
-    return loop()  # so that what is wrong above is said when `train` is called
+    states = training(state, lesson, steps, penalty, progressive)
+    return checkpointed(model, states) if gradient_checkpointing else states
+
+
+def training(
+    state: State, lesson: Lesson, steps: int, penalty: Callable[[], Tensor], progressive: bool
+) -> Iterator[State]:
+    """The steps of `train`, from behind the state's on."""
+    word, parameters, world = state.concept, state.parameters, rank_and_world()[1]
+    # Trap: in fp16 the loss's gradient, which is divided by the number of latents, is lost as too
+    # small.
+    scale = 2.0**12 if lesson.model.dtype == torch.float16 else 1.0
+    for step in range(state.step + 1, steps + 1):
+        if progressive:
+            used = 1 + (step - 1) * 5 // (2 * steps)
+            lesson.words[0] = replace(word, vectors=parameters[0][:used])
+        loss, parts = lesson.loss(step)
+        state.optimizer.zero_grad()
+        ((loss + penalty() / world) * scale).backward()
+        gradients = [vectors.grad.div_(scale) for vectors in parameters]
+        loss = loss.detach()
+        add_up([loss, *gradients])
+        check_finite(step, gradients, **parts)
+        state.optimizer.step()
+        word.metadata["steps"] = str(step)
+        if state.watch and step % Watch.EVERY == 0:
+            state.watch.look(lesson.fixed_loss(), parameters)
+        state = replace(state, step=step, loss=loss, concept=lesson.words[0])
+        yield state
+        if state.over(steps):
+            return
+
+
+def checkpointed(model: LatentDiffusion, states: Iterator[State]) -> Iterator[State]:
+    """The states, reached with gradient checkpointing, which is off again when they end."""
+    model.unet.gradient_checkpointing = True
+    try:
+        yield from states
+    finally:
+        model.unet.gradient_checkpointing = False
 
 
 def check_range(least: float, **numbers: float) -> None:
@@ -518,7 +540,7 @@ def check_prompts(model: LatentDiffusion, prompts: Sequence[str], words: Sequenc
         model, {text: len(model.tokenizer.token_ids(text, placeholders)) for text in prompts}
     )
     for prompt in dict.fromkeys(prompts):
-        if placeholders[word][0] not in model.tokenizer.encode(prompt, placeholders):
+        if not set(placeholders[word]) <= set(model.tokenizer.encode(prompt, placeholders)):
             raise ValueError(
                 f"{word} is not read in {prompt!r}: it touches other letters, or is cut off; use a "
                 "name like <cat>, or a shorter template"
@@ -532,18 +554,26 @@ def prompt_for(template: str, words: Sequence[Concept], picture: int) -> str:
 
 
 def prepare(
-    model: LatentDiffusion, word: Concept, images: Images, templates, flip: bool, per_image: bool
+    model: LatentDiffusion,
+    word: Concept,
+    images: Images,
+    templates: Sequence[str] | Sequence[Sequence[str]],
+    flip: bool,
+    per_image: bool,
+    batch_size: int,
+    seed: int,
 ) -> Lesson:
     """The checked word, pictures and prompts, the pictures encoded."""
     check_placeholder(model, word.placeholder)
     pixels = prepare_images(images, model.size)
     texts = texts_by_picture(templates, len(pixels))
-    word.metadata["templates"] = json.dumps(texts[0])
+    word.metadata["templates"] = json.dumps(list(dict.fromkeys(sum(texts, []))))
     image_words = first_image_words(model, word.placeholder, len(pixels)) if per_image else []
     words = [word, *image_words]
     check_prompts(model, [prompt_for(text, words, -1) for own in texts for text in own], words)
     seen, picture = views(pixels, flip)
-    return Lesson(words, texts, picture, *latent_moments(model, seen))
+    moments = latent_moments(model, seen)
+    return Lesson(model, words, texts, picture, *moments, batch_size, seed)
 
 
 def views(pixels: Tensor, flip: bool) -> tuple[Tensor, list[int]]:
@@ -846,7 +876,7 @@ def evaluate(
         for i, text in enumerate(texts):
             share = len(range(i, n, len(texts)))
             filled = " ".join(prompt.replace("{}", escape(text)).split())
-            options = dict(steps=steps, guidance_scale=guidance_scale, seed=seed + i)
+            options = dict(steps=steps, guidance_scale=guidance_scale, seed=seed + len(drawn))
             drawn += sample(model, filled, concepts, n=share, **options) if share else []
         return scorer.images(drawn)
 

@@ -117,18 +117,21 @@ def text_config(state: Tensors, heads: int | None, quick_gelu: bool) -> TextConf
 
 @dataclass(frozen=True)
 class Family:
-    """What tells LDM, Stable Diffusion 1 and 2 apart, beside the sizes, which shapes tell.
+    """What tells LDM, Stable Diffusion 1 and 2 apart, beside what shapes tell: the sizes, and
+    whether the UNet projects by linear layers or by 1x1 convolutions.
 
-    Two differences lie elsewhere: SD 2's spatial transformers are projected by linear layers where
-    the others have 1x1 convolutions (the shapes tell), and its text encoder's last layer is not
-    used (`text_from_open_clip` leaves it out).
+    Outside of this table stand: that SD 2 does without its text encoder's last layer (naming.py),
+    how a folder of diffusers' is told to be SD 1 or 2 (`from_diffusers`), and that weights in
+    prompts leave LDM's mean as it is (`LatentDiffusion.encode_prompts`).
     """
 
     key: str  # what keys of a single file begin with, in no family further down
     text: Callable[[Tensors], Tensors]  # its text encoder's tensors under our names
     encoder: Callable[..., nn.Module]
     config: Callable[[Tensors, int | None], BertConfig | TextConfig]  # heads if known
-    tokenizer: Callable[["Parts", int, int], Tokenizer]  # of vocabulary, its size, and the length
+    tokenizer: Callable[
+        ["Parts", int, int], Tokenizer
+    ]  # of the size of the vocabulary, and the length
     attention: dict[str, int | None]  # the UNet's heads: a number of them, or channels in each
     prediction: str | None  # None: there are both, and keys do not tell which
     size: dict[str, int]  # side of the pictures it was trained on, pixels, by prediction
@@ -264,7 +267,7 @@ def from_single_file(path: Path, family: str | None) -> Parts:
         autoencoder={k: v for k, v in autoencoder.items() if not k.startswith("loss.")},
         text=FAMILIES[family].text(part(state, "cond_stage_model.")),
         prediction=beside.get("parameterization"),
-        heads=number.get("num_heads"),
+        heads=None if "num_head_channels" in number else number.get("num_heads"),
         head_width=number.get("num_head_channels"),
         text_heads=number.get("num_attention_heads") or number.get("heads"),
         vocabulary=vocabulary if family == "ldm" and vocabulary.is_file() else None,
@@ -384,7 +387,8 @@ def find_device(name: str | torch.device | None) -> torch.device:
 
 def best_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        native = torch.cuda.is_bf16_supported(including_emulation=False)  # not on V100 and T4
+        return torch.bfloat16 if native else torch.float16
     return torch.float32
 
 

@@ -2,7 +2,7 @@
 that the paper's evaluation measures with (section 5.1).
 
 Modules carry the key names of the `transformers` layout, which Stable Diffusion 1 files have too;
-OpenAI's and open_clip's names are translated in checkpoint.py.
+OpenAI's and open_clip's names are translated in naming.py.
 """
 
 from collections.abc import Sequence

@@ -13,6 +13,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -64,7 +65,7 @@ from .embeddings import (
 from .evaluation import Scorer, confidence, rank, read_captions, read_prompts
 from .files import Run, free_target, interruptible, write_file, write_png, write_table
 from .latent_diffusion import LatentDiffusion
-from .parallel import processes, rank_and_world, shared_out
+from .parallel import any_of_them, processes, rank_and_world, shared_out
 from .reading import out_of_memory
 from .stopping import Watch
 
@@ -260,6 +261,18 @@ def read_lines(path: Path) -> list[str]:
     return lines
 
 
+def starter() -> list[str]:
+    """What this program was started with, for a command that is to be given again."""
+    world = os.environ.get("WORLD_SIZE")
+    return ["torchrun", "--nproc-per-node", world] if world else ["python"]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
 def default_placeholder(name: str) -> str:
     """ "my cat" is <my-cat>."""
     return f"<{'-'.join(name.split())}>"
@@ -294,6 +307,8 @@ def training_options(args: argparse.Namespace, model: LatentDiffusion, paths: li
 def run_invert(args: argparse.Namespace) -> int:
     out, placeholder = target_of(args)
     check_range(1, save_every=args.save_every)
+    if args.resume and args.overwrite:
+        raise ValueError("--resume goes on and --overwrite begins anew; give one of them")
     if args.save_image_words and not args.per_image:
         raise ValueError("--save-image-words saves the words of --per-image; add that, or drop it")
     paths = find_images(args.images)
@@ -316,7 +331,7 @@ def run_invert(args: argparse.Namespace) -> int:
     state = run.look(args.resume, args.overwrite)
     begun = int(state["step"]) if state else 0
     if state and out.exists() and (begun == steps or Watch.of(state).steady()):
-        print(f"all {begun} steps are done; the word is in {out}")
+        print(f"the run is over after {begun} steps; the word is in {out}")
         return 0
     pictures = to_pil(pixels)
     options |= dict(gradient_checkpointing=args.gradient_checkpointing, resume=state)
@@ -328,17 +343,18 @@ def run_invert(args: argparse.Namespace) -> int:
     where = f", from step {begun} on" if begun else ""
     print(f"learning {placeholder} from {len(pictures)} pictures, {steps} steps{where}, to {out}")
     progress = tqdm(states, total=steps, initial=begun, unit="step")
-    if learn(model, progress, run, start, args):
-        if rank_and_world()[0] == 0:
-            word = load_concept(out).placeholder  # .pt and .png have names of their own
-            print(f"wrote {out}; try: {TRY.format(word, out)}")
+    over = learn(model, progress, run, start, args)
+    if rank_and_world()[0] > 0:
+        return 0 if over else 130
+    if over:
+        word = load_concept(out).placeholder  # .pt and .png have names of their own
+        again = ["sample", f"a photo of {word}", "--concept", str(out)]
+        again += ["--model", args.model] if args.model else []
+        print(f"wrote {out}; try: python textinv.py {shlex.join(again)}")
         return 0
-    command = shlex.join(["python", *sys.argv, *["--resume"] * (not args.resume)])
+    command = shlex.join([*starter(), *sys.argv, *["--resume"] * (not args.resume)])
     print(f"stopped; the word so far is in {out}; go on with: {command}")
     return 130
-
-
-TRY = "python textinv.py sample 'a photo of {}' --concept {}"
 
 
 def learn(model, progress: tqdm, run: Run, start: Tensor, args) -> bool:
@@ -350,12 +366,13 @@ def learn(model, progress: tqdm, run: Run, start: Tensor, args) -> bool:
             for state in progress:
                 run.rows.append(row(state, start))
                 progress.set_postfix(loss=mean_loss(run), peak=peak_memory(model.device))
-                shown = every and state.step % every == 0 and state.step < steps
+                over = state.over(steps)
+                shown = every and state.step % every == 0 and not over
                 if shown or state.step % args.save_every == 0:
                     save_run(run, state, args.save_image_words)
                 if shown:  # after saving: on a small GPU it may run out of memory
                     preview(model, run, state)
-                if asked:
+                if any_of_them(bool(asked)):
                     break
     except NotFinite:
         if state is not None:
@@ -364,9 +381,9 @@ def learn(model, progress: tqdm, run: Run, start: Tensor, args) -> bool:
     finally:
         progress.close()
     save_run(run, state, args.save_image_words)
-    if state.step < steps and not asked:
+    if over and state.step < steps:
         print(f"steady after {state.step} of {steps} steps")
-    return state.step == steps or not asked
+    return over
 
 
 def row(state: State, start: Tensor) -> dict[str, str]:
@@ -540,7 +557,11 @@ def run_evaluate(args: argparse.Namespace) -> None:
     prompts = read_prompts(args.prompts)
     for prompt in (prompt for listed in prompts.values() for prompt in listed):
         plain_text(prompt, [])  # a faulty weight is said before hours of work
+    for _, _, folder, _, _ in measured:
+        find_images(folder)
     model = load_for(args)
+    for *_, concepts in measured:
+        check_concepts(model, concepts)
     scorer = Scorer.load(args.clip, model.device)
     count = 1 + sum(map(len, prompts.values()))
     print(f"measuring {len(measured)} subject(s), {count} prompts x {args.n} samples, to {out}")
@@ -689,19 +710,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0, or 2 with one line on standard error for a user's mistake, or 130
     after Ctrl-C."""
     warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
+    process = 0
     try:
         args = build_parser().parse_args(argv)
-        with processes() as rank:
-            if rank > 0:  # the first one speaks for all
-                sys.stdout = sys.stderr = open(os.devnull, "w")
-            return args.run(args) or 0
+        with processes(getattr(args, "device", None)) as process:
+            with quiet() if process > 0 else nullcontext():  # the first one speaks for all
+                return args.run(args) or 0
     except (ValueError, OSError) as error:
+        if process > 0:  # so has the first found, and said it
+            return 2
         reason = str(error)
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
         remedy = LESS_MEMORY.get(args.verb, "--precision bf16, --device cpu")
         reason = f"out of memory; what helps: {remedy}"
+        reason = f"process {process}: {reason}" if process > 0 else reason
     except KeyboardInterrupt:
         print("textinv: stopped", file=sys.stderr)
         return 130

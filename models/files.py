@@ -4,9 +4,11 @@ A run that learns `cat.safetensors` keeps beside it
 
     cat.json         its settings, written before the first step
     cat.csv          one row per step
-    cat.state        what the next step depends on: the vectors and the optimizer's two moments
+    cat.state        what the next step depends on: its number, the vectors, the optimizer's two
+                     moments, and what `--stop auto` has seen
     cat.inputs.png   what the model sees of the pictures
     cat.step-N.png   previews
+    cat.image-N.*    the words of single pictures, if they are asked for
 
 Every random draw of a step follows from the seed and the number of the step, so the state needs no
 generators, and a run that was killed goes on to the same bits from whichever state it finds.

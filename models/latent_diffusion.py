@@ -45,7 +45,7 @@ class LatentDiffusion:
     family: str  # "ldm", "sd1" or "sd2"
     name: str = ""  # of the file or folder; "emoji" for the bundled model, an LDM
     size: int = 512  # side of the square pictures it was trained on, pixels
-    fingerprint: str = ""  # tells base models apart, whatever precision they are stored in
+    fingerprint: str = ""  # tells base models apart, in fp32 and in fp16
     stored: str = ""  # precision of its file: "float16"
     # What suits it, where that is not the paper's: steps, batch_size, lr, guidance_scale.
     defaults: dict[str, float] = field(default_factory=dict)

@@ -19,11 +19,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False)
     return out.transpose(1, 2).reshape(b, -1, width)
 
 
-def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000) -> Tensor:
+def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """Sinusoidal features (B, dim) of the timesteps t (B,), float32: first cosines, then sines."""
     half = dim // 2
     steps = torch.arange(half, dtype=torch.float32, device=t.device)
-    angles = t[:, None].float() * torch.exp(-math.log(max_period) * steps / half)
+    angles = t[:, None].float() * torch.exp(-math.log(10_000) * steps / half)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 

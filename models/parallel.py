@@ -23,15 +23,19 @@ def rank_and_world() -> tuple[int, int]:
 
 
 @contextmanager
-def processes() -> Iterator[int]:
-    """Join the processes that torchrun has started, if it has; yields this one's number. Each takes
-    the GPU of its number on its machine."""
+def processes(device: str | None = None) -> Iterator[int]:
+    """Join the processes that torchrun has started, if it has; yields this one's number. Unless
+    another device is asked for, each takes the GPU of its number on its machine; ValueError if
+    there are not as many."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield 0
         return
-    gpu = torch.cuda.is_available()
+    gpu = torch.cuda.is_available() and device in (None, "cuda")
     if gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if number >= count:
+            raise ValueError(f"{count} GPU(s) here; say --nproc-per-node {count}, or --device cpu")
+        torch.cuda.set_device(number)
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
     try:
         yield dist.get_rank()
@@ -44,6 +48,13 @@ def add_up(tensors: Sequence[Tensor]) -> None:
     if rank_and_world()[1] > 1:
         for tensor in tensors:
             dist.all_reduce(tensor)
+
+
+def any_of_them(flag: bool) -> bool:
+    """Whether the flag is true in any process; all must ask."""
+    told = torch.tensor(float(flag))
+    add_up([told])
+    return bool(told)
 
 
 def wait_for_all() -> None:

@@ -4,7 +4,7 @@
 [2] Song et al. 2021, "Denoising Diffusion Implicit Models" (DDIM)
 [3] Salimans & Ho 2022, "Progressive Distillation" (v-prediction)
 
-Steps are plain functions of tensors; who loops over them keeps the state.
+Steps have no state of their own; `ddim_sample` and `ddim_invert` are the loops over them.
 """
 
 from collections.abc import Callable, Iterator
@@ -93,13 +93,17 @@ class Schedule:
         return x + variance.sqrt().to(x_t.dtype) * noise
 
     def ddim_timesteps(self, steps: int) -> list[int]:
-        """`steps` evenly spaced timesteps, falling: 981, 961, ..., 21, 1 for 50 steps.
+        """`steps` timesteps, falling: 981, 961, ..., 21, 1 for 50 steps.
 
-        Trap: they start at 1, not at 0, as in the paper's sampler.
+        Traps: they start at 1, not at 0, as in the paper's sampler. And they are a whole stride
+        apart, which for 600 of 1000 would begin in half noise, at 600; where that cuts off more
+        than a twentieth, strides differ by one.
         """
         if not 1 <= steps <= self.length:
             raise ValueError(f"steps {steps} is out of range; use 1 to {self.length}")
         stride = self.length // steps
+        if steps * stride < 0.95 * self.length:
+            return [1 + i * self.length // steps for i in reversed(range(steps))]
         first = min(1, self.length - 1 - stride * (steps - 1))  # 0 only if 1 would overrun
         return [first + stride * i for i in reversed(range(steps))]
 

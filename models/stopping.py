@@ -30,11 +30,12 @@ class Watch:
         return cls(saved["losses"].tolist() if "losses" in saved else [], best)
 
     def tensors(self) -> dict[str, Tensor]:
+        """Losses and best parameters, to be saved."""
         tensors = {"losses": torch.tensor(self.losses, dtype=torch.float64)}
         return tensors | {f"best.{i:04d}": vectors for i, vectors in enumerate(self.best)}
 
     @torch.no_grad()
-    def ends(self, loss: float, parameters: Sequence[Tensor]) -> bool:
+    def look(self, loss: float, parameters: Sequence[Tensor]) -> None:
         """Note the loss; once it is steady, put the best values into the parameters."""
         self.losses.append(loss)
         if loss == min(self.losses):
@@ -42,7 +43,6 @@ class Watch:
         if self.steady():
             for vectors, best in zip(parameters, self.best):
                 vectors.copy_(best)
-        return self.steady()
 
     def steady(self) -> bool:
         """Whether the variance of the last `WINDOW` losses is below `SHARE` of that of them all."""

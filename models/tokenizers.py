@@ -109,7 +109,8 @@ class WordPieceTokenizer(Tokenizer):
 
     @classmethod
     def load(cls, path: str | Path, max_length: int = 77) -> "WordPieceTokenizer":
-        return cls(Path(path).read_text(encoding="utf-8").split("\n")[:-1], max_length)
+        lines = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        return cls(lines, max_length)
 
     def tokenize(self, text: str) -> list[int]:
         ids: list[int] = []

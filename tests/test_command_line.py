@@ -102,7 +102,7 @@ def test_mistakes_are_one_line_and_exit_status_2_of_the_process(tmp_path, argume
         (["--steps", "many"], "invalid int value: 'many'; see textinv.py invert --help"),
         (["--lr", "quick"], "use a number, base, high, low"),
         (["--save-image-words"], "--per-image"),
-        (["--vectors", "1001"], "V from 1 to 1,000"),
+        (["--vectors", "1001"], "is not read in"),
         (["--progressive", "--vectors", "2"], "ends with 3 vectors"),
     ],
 )
@@ -201,7 +201,7 @@ def test_a_finished_run_is_left_alone(tmp_path, capsys):
     assert "'a photo of *'" in capsys.readouterr().out  # the paper's format has no other name
     before = out.read_bytes()
     assert textinv.main([*learn, "--resume"]) == 0
-    assert "all 2 steps are done" in capsys.readouterr().out and out.read_bytes() == before
+    assert "the run is over after 2 steps" in capsys.readouterr().out and out.read_bytes() == before
     (tmp_path / "w.state").unlink()
     assert "its state is gone" in mistake(capsys, *learn, "--resume")
     (tmp_path / "w.step-7.png").write_text("mine")

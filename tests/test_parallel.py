@@ -2,8 +2,11 @@
 
 import csv
 import os
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +70,36 @@ def test_two_processes_draw_and_measure_what_one_does(tmp_path):
         tables.append((folder / "scores.csv").read_text())
     assert len(pictures[0]) == 3 and np.array_equal(pictures[0], pictures[1])
     assert tables[0] == tables[1]
+
+
+def process_of(rank: int, parent: int) -> int | None:
+    """The number of torchrun's child that has this rank."""
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError, ValueError):
+            status = (path / "stat").read_text().rpartition(")")[2].split()
+            if int(status[1]) == parent and f"RANK={rank}" in (path / "environ").read_text().split(
+                "\0"
+            ):
+                return int(path.name)
+    return None
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux's /proc")
+def test_an_interrupted_process_stops_them_all_and_the_word_is_saved(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(ROOT / "textinv.py"), "invert", MUSHROOM, "--init-word", "plant"]
+    command += ["--steps", "5000", "--batch-size", "2", "--save-every", "5", "--device", "cpu"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    running = subprocess.Popen(command, cwd=tmp_path, env=env, **pipes)
+    while not (tmp_path / "mushroom.safetensors").exists() and running.poll() is None:
+        time.sleep(0.05)
+    os.kill(process_of(1, running.pid), signal.SIGINT)
+    text = running.communicate(timeout=120)[0]
+    assert "stopped; the word so far is in mushroom.safetensors" in text
+    assert "torchrun --nproc-per-node 2" in text
+    step = int(textinv.load_concept(tmp_path / "mushroom.safetensors").metadata["steps"])
+    assert (tmp_path / "mushroom.csv").read_text().splitlines()[-1].startswith(f"{step},")
 
 
 def test_a_mistake_is_said_once(tmp_path):

@@ -292,6 +292,15 @@ def test_live_ddpm(prediction, steps):
         assert_close_std(mine, reference, STEP)
 
 
+@pytest.mark.parametrize("steps", (1, 3, 30, 334, 400, 501, 600, 999, 1000))
+def test_every_number_of_steps_begins_in_noise(steps):
+    """The step that would follow upwards is beyond the schedule, or nearly."""
+    times = Schedule(0.00085, 0.012).ddim_timesteps(steps)
+    assert len(set(times)) == steps and times == sorted(times, reverse=True)
+    assert 0 <= times[-1] <= 1 and times[0] <= 999
+    assert times[0] + 1000 / steps >= 949
+
+
 @pytest.mark.parametrize("steps", (7, 50))
 @pytest.mark.parametrize("prediction", ("eps", "v"))
 def test_live_inversion(prediction, steps):

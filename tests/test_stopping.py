@@ -14,7 +14,8 @@ def fed(losses) -> int | None:
     watch, vectors = Watch(), torch.zeros(1, 2)
     for i, loss in enumerate(losses, 1):
         vectors.fill_(loss)
-        if watch.ends(loss, [vectors]):
+        watch.look(loss, [vectors])
+        if watch.steady():
             assert vectors.unique().item() == pytest.approx(min(losses[:i]))
             return i
     return None
@@ -40,7 +41,7 @@ def test_it_does_not_end_where_the_loss_only_wavers_or_is_too_short():
 def test_it_goes_on_from_what_it_was():
     watch = Watch()
     for loss in (3.0, 1.0, 2.0):
-        watch.ends(loss, [torch.full((1, 2), loss), torch.full((1, 2), -loss)])
+        watch.look(loss, [torch.full((1, 2), loss), torch.full((1, 2), -loss)])
     again = Watch.of({key: tensor.clone() for key, tensor in watch.tensors().items()})
     assert again.losses == watch.losses
     assert [v.unique().item() for v in again.best] == [1.0, -1.0]
@@ -49,11 +50,11 @@ def test_it_goes_on_from_what_it_was():
 
 def test_the_fixed_loss_depends_on_the_word_alone(model):  # noqa: F811
     word = textinv.Concept("<m>", textinv.initial_vectors(model, "plant", 1))
-    lesson = textinv.prepare(model, word, MUSHROOM, ["a photo of {}"], True, False)
-    before = [textinv.fixed_loss(model, lesson, 4, 0) for _ in range(2)]
+    lesson = textinv.prepare(model, word, MUSHROOM, ["a photo of {}"], True, False, 4, 0)
+    before = [lesson.fixed_loss() for _ in range(2)]
     assert before[0] == before[1]
     word.vectors.mul_(torch.linspace(0, 2, word.vectors.shape[1]))
-    assert textinv.fixed_loss(model, lesson, 4, 0) != before[0]
+    assert lesson.fixed_loss() != before[0]
 
 
 OPTIONS = dict(init_word="plant", batch_size=2, steps=40, stop="auto")
@@ -71,8 +72,10 @@ def test_training_ends_early_with_the_best_vectors(model, soon):  # noqa: F811
         if state.step % 2 == 0:
             losses[state.step] = state.watch.losses[-1]
     assert 6 <= state.step < 40 and state.watch.steady()
-    lesson = textinv.prepare(model, state.concept, MUSHROOM, textinv.OBJECT_TEMPLATES, True, False)
-    assert textinv.fixed_loss(model, lesson, 2, 0) == pytest.approx(min(losses.values()), abs=1e-7)
+    lesson = textinv.prepare(
+        model, state.concept, MUSHROOM, textinv.OBJECT_TEMPLATES, True, False, 2, 0
+    )
+    assert lesson.fixed_loss() == pytest.approx(min(losses.values()), abs=1e-7)
 
 
 def test_interrupted_it_ends_at_the_same_step_with_the_same_bits(model, soon):  # noqa: F811
@@ -82,7 +85,7 @@ def test_interrupted_it_ends_at_the_same_step_with_the_same_bits(model, soon):  
     *_, parts = textinv.train(model, MUSHROOM, **OPTIONS, resume=saved)
     assert parts.step == whole.step
     assert torch.equal(parts.concept.vectors, whole.concept.vectors)
-    with pytest.raises(ValueError, match="is done already"):
+    with pytest.raises(ValueError, match="the run is over after"):
         textinv.train(model, MUSHROOM, **OPTIONS, resume=whole.tensors())
 
 
@@ -104,5 +107,5 @@ def test_the_command_line_says_when_it_ended(tmp_path, capsys, soon):
     assert steps < 40 and f"steady after {steps} of 40 steps" in said and "wrote" in said
     before = out.read_bytes()
     assert textinv.main([*command, "--resume"]) == 0
-    assert f"all {steps} steps are done" in capsys.readouterr().out
+    assert f"the run is over after {steps} steps" in capsys.readouterr().out
     assert out.read_bytes() == before

@@ -154,6 +154,19 @@ def test_named_learning_rates_are_the_papers_multiples(model, rate, factor):
     assert textinv.PAPER["lr"] * factor == pytest.approx({1: 5e-3, 4: 2e-2, 0.02: 1e-4}[factor])
 
 
+def test_fp16_keeps_the_gradient():
+    """That of the loss by the prediction is near fp16's smallest numbers, and is scaled up: without
+    that the cosine is 0.999996."""
+    gradients = {}
+    for dtype in (torch.float32, torch.float16):
+        model = textinv.load_model(device="cpu", dtype=dtype)
+        state = next(textinv.train(model, MUSHROOM, "plant", steps=1, batch_size=8))
+        gradients[dtype] = state.concept.vectors.grad
+    a, b = gradients.values()
+    assert torch.cosine_similarity(a, b).item() > 0.999999
+    assert (b.norm() / a.norm()).item() == pytest.approx(1, abs=1e-4)
+
+
 @pytest.mark.parametrize("part", ["text encoder", "UNet", "autoencoder"])
 def test_nan_stops_at_once_and_names_the_part(part):
     model = textinv.load_model(device="cpu", dtype=torch.float32)
@@ -178,7 +191,7 @@ def test_a_state_of_other_vectors_is_refused_and_so_is_a_run_that_is_done(model)
     saved = next(textinv.train(model, MUSHROOM, "plant", vectors=2, **options)).tensors()
     with pytest.raises(ValueError, match="other vectors"):
         textinv.train(model, MUSHROOM, "plant", **options, resume=saved)
-    with pytest.raises(ValueError, match="step 1 of 1 is done already"):
+    with pytest.raises(ValueError, match="the run is over after 1 steps"):
         textinv.train(model, MUSHROOM, "plant", vectors=2, **options, resume=saved)
 
 
