@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -413,3 +414,33 @@ def test_keep_writes_the_pictures_that_clip_ranks_first(tmp_path, capsys, monkey
     assert json.loads(whole.text["settings"])["seeds"] == seeds
     assert "add that" in mistake(capsys, *draw, "--clip", "x.pt", "--out", "b.png")
     assert "--keep 9 of -n 4" in mistake(capsys, *draw, "--keep", "9", "--out", "b.png")
+
+
+def test_the_command_to_try_next_works_as_it_stands(tmp_path, capsys, monkeypatch):
+    """With a space in the names, and the model that the word was learnt with."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(MUSHROOM, "my cat")
+    model = str(ROOT / "models" / "emoji")
+    learn = ["invert", "my cat", "--init-word", "plant", "--model", model, "--device", "cpu"]
+    assert textinv.main([*learn, "--steps", "1", "--batch-size", "1"]) == 0
+    command = shlex.split(capsys.readouterr().out.rpartition("try: python textinv.py ")[2])
+    assert command[-2:] == ["--model", model]
+    assert textinv.main([*command, "--device", "cpu", "--steps", "1", "-n", "1"]) == 0
+    assert Path("grid.png").exists()
+
+
+def test_resume_and_overwrite_exclude_each_other(tmp_path, capsys):
+    out = str(tmp_path / "m.safetensors")
+    assert mistake(capsys, *LEARN, "--out", out, "--resume", "--overwrite").count("--resume") == 1
+
+
+def test_what_cannot_be_measured_is_said_before_anything_is(tmp_path, capsys, word):
+    empty = tmp_path / "pictures" / Path(word).stem
+    empty.mkdir(parents=True)
+    table = tmp_path / "scores.csv"
+    command = ["evaluate", word, "--images", str(empty), "--out", str(table), "-n", "1"]
+    assert "no pictures" in mistake(capsys, *command)
+    wide = tmp_path / "wide.safetensors"
+    textinv.Concept("<wide>", torch.zeros(1, 7)).save(wide)
+    command = ["evaluate", word, str(wide), "--images", str(MUSHROOM), "--out", str(table)]
+    assert "7 wide" in mistake(capsys, *command) and not table.exists()

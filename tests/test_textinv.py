@@ -326,3 +326,12 @@ def test_words_of_another_width_or_twice_the_same_are_refused(model):
 def test_unknown_words_are_named():
     known = textinv.Concept("<cat>", torch.zeros(1, 4))
     assert textinv.unknown_words(["a <cat> by <dog>", "a <dog>"], [known]) == ["<dog>"]
+
+
+def test_a_word_that_is_cut_in_two_is_refused(model):
+    """Its last vectors would never be read."""
+    room = model.tokenizer.max_length - 2
+    template = " ".join(["a"] * (room - 2)) + " {}"
+    textinv.train(model, MUSHROOM, "plant", vectors=2, templates=[template])
+    with pytest.raises(ValueError, match="is cut off"):
+        textinv.train(model, MUSHROOM, "plant", vectors=3, templates=[template])

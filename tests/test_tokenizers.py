@@ -169,3 +169,10 @@ def test_the_first_merge_comes_first():
     assert ours.tokenize("ab") == [ours.ids["ab</w>"]]
     assert ours.tokenize("aab") == [ours.ids["aa"], ours.ids["b</w>"]]
     assert ours.tokenize("aaab") == [ours.ids["aaab</w>"]]
+
+
+def test_a_vocabulary_may_lack_its_last_line_break(tmp_path):
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cat"]
+    for end in ("", "\n"):
+        (tmp_path / "vocab.txt").write_text("\n".join(tokens) + end)
+        assert WordPieceTokenizer.load(tmp_path / "vocab.txt").token_ids("cat") == [5]
