@@ -10,6 +10,7 @@ the inversion asks the model at a place where the way back does not quite pass.
 """
 
 from functools import partial
+from pathlib import Path
 
 import torch
 from experiment import Lab, options, pictures
@@ -31,6 +32,8 @@ def main(argv=None) -> None:
     parser.add_argument("--concept", default="teddy", help="a set, or a word's file")
     parser.add_argument("--image", help="the picture; the set's second one by default")
     args = parser.parse_args(argv)
+    if not args.image and Path(args.concept).is_file():
+        parser.error("a word of your own needs --image, a picture of the thing")
     lab = Lab.of(args)
     word = lab.word(args.concept)
     texts = [prompt.replace("{}", word.placeholder) for prompt in PROMPTS]

@@ -368,9 +368,8 @@ def compose(sprites: Tensor, bank: Tensor, names: list[str], coarse: list[str], 
 class Scenes:
     """All that is needed to compose scenes of one set of names."""
 
-    def __init__(self, folder: Path, held_out: bool = False):
-        groups = {"thing": HELD_OUT} if held_out else TRAINED
-        entries = [(n, e, c) for c, text in groups.items() for n, e in split_names(text).items()]
+    def __init__(self, folder: Path):
+        entries = [(n, e, c) for c, text in TRAINED.items() for n, e in split_names(text).items()]
         self.names = [n for n, _, _ in entries]
         self.coarse = [c for _, _, c in entries]
         self.sprites = load_sprites(Path(folder), {n: e for n, e, _ in entries})

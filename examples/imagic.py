@@ -61,7 +61,7 @@ def main(argv=None) -> None:
     parser.add_argument("--tuning-steps", type=int, default=400, help="of each stage")
     parser.add_argument("--word-prompt", default="a photo of a {} in the snow")
     args = parser.parse_args(argv)
-    lab, word = Lab.of(args), None
+    lab = Lab.of(args)
     word = lab.word(args.concept)
     text = args.word_prompt.replace("{}", word.placeholder)
     rows = {f"learnt word, other seeds: {text}": lab.draw(text, [word], n=len(SHARES))}

@@ -14,8 +14,8 @@ import json
 from experiment import Lab, opened, options, pictures, tiles
 
 import textinv
-from models.command_line import draw_chart, print_scores, scores_of
-from models.evaluation import reconstruction
+from models.command_line import draw_chart, print_scores
+from models.evaluation import reconstruction, scores_of
 from models.files import write_file, write_table
 
 # Which pictures of the sheet examples/sets/NAME.png; make_sets.py draws it.

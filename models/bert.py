@@ -78,6 +78,8 @@ class Transformer(nn.Module):
 
 
 class BertTextEncoder(nn.Module):
+    restores_mean = False  # it is 0 but for noise
+
     def __init__(self, config: BertConfig):
         super().__init__()
         self.config = config

@@ -120,9 +120,9 @@ class Family:
     """What tells LDM, Stable Diffusion 1 and 2 apart, beside what shapes tell: the sizes, and
     whether the UNet projects by linear layers or by 1x1 convolutions.
 
-    Outside of this table stand: that SD 2 does without its text encoder's last layer (naming.py),
-    how a folder of diffusers' is told to be SD 1 or 2 (`from_diffusers`), and that weights in
-    prompts leave LDM's mean as it is (`LatentDiffusion.encode_prompts`).
+    Outside of this table stand what each text encoder computes (bert.py, clip.py), that SD 2 does
+    without its last layer (naming.py), and how a folder of diffusers' is told to be SD 1 or 2
+    (`from_diffusers`).
     """
 
     key: str  # what keys of a single file begin with, in no family further down

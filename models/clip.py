@@ -126,6 +126,8 @@ class CLIPTextEncoder(nn.Module):
     never built: `config.layers` is 23 of 24, and all families take the last output.
     """
 
+    restores_mean = True
+
     def __init__(self, config: TextConfig):
         super().__init__()
         self.config = config

@@ -62,7 +62,7 @@ from .embeddings import (
     load_concept,
     load_concepts,
 )
-from .evaluation import Scorer, confidence, rank, read_captions, read_prompts
+from .evaluation import Scorer, confidence, rank, read_captions, read_prompts, scores_of
 from .files import Run, free_target, interruptible, write_file, write_png, write_table
 from .latent_diffusion import LatentDiffusion
 from .parallel import any_of_them, processes, rank_and_world, shared_out
@@ -578,17 +578,6 @@ def run_evaluate(args: argparse.Namespace) -> None:
     print(f"wrote {out}")
     if chart:
         draw_chart(chart, lambda module: module.tradeoff(scores_of(rows)))
-
-
-def scores_of(rows: Sequence[dict]) -> dict[str, list[tuple[str, float, float]]]:
-    """{setup: [(name, reconstruction, mean editability), ...]} from rows of prompts."""
-    table: dict[str, list] = {}
-    for setup, name in dict.fromkeys((row["setup"], row["name"]) for row in rows):
-        own = [row for row in rows if (row["setup"], row["name"]) == (setup, name)]
-        first = next(row["score"] for row in own if row["kind"] == "reconstruction")
-        others = [row["score"] for row in own if row["kind"] != "reconstruction"]
-        table.setdefault(setup, []).append((name, first, float(np.mean(others))))
-    return table
 
 
 def print_scores(rows: Sequence[dict]) -> None:

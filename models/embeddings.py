@@ -269,7 +269,8 @@ def default_format(suffix: str) -> str:
     for format, suffixes in SUFFIXES.items():
         if suffix.lower() in suffixes:
             return format
-    raise ValueError(f"words are not written as {suffix!r}; possible are .safetensors, .pt, .png")
+    possible = ", ".join(dict.fromkeys(s for suffixes in SUFFIXES.values() for s in suffixes))
+    raise ValueError(f"words are not written as {suffix!r}; possible are {possible}")
 
 
 def encode_concept(

@@ -143,6 +143,17 @@ def editability(samples: Tensor, prompt: Tensor) -> float:
     return F.cosine_similarity(samples.mean(dim=0), prompt.reshape(-1), dim=0).item()
 
 
+def scores_of(rows: Sequence[dict]) -> dict[str, list[tuple[str, float, float]]]:
+    """{setup: [(name, reconstruction, mean editability), ...]} from rows of prompts."""
+    table: dict[str, list] = {}
+    for setup, name in dict.fromkeys((row["setup"], row["name"]) for row in rows):
+        own = [row for row in rows if (row["setup"], row["name"]) == (setup, name)]
+        first = next(row["score"] for row in own if row["kind"] == "reconstruction")
+        others = [row["score"] for row in own if row["kind"] != "reconstruction"]
+        table.setdefault(setup, []).append((name, first, sum(others) / len(others)))
+    return table
+
+
 def rank(scorer: Scorer, images: Sequence[Image.Image], text: str) -> list[int]:
     """The pictures' numbers, the one that is most like the text first: "this process can be largely
     automated by using CLIP to rank images" (section 4, image curation)."""

@@ -30,6 +30,7 @@ class TextEncoder(Protocol):
     """What `LatentDiffusion` asks of a text encoder, an nn.Module."""
 
     token_table: Tensor  # (vocab_size, D), the frozen embeddings that words are looked up in
+    restores_mean: bool  # whether weights in a prompt leave the mean of its features as it was
 
     def __call__(self, embeddings: Tensor) -> Tensor:
         """Context (B, L, D) of token embeddings (B, L, D)."""
@@ -146,7 +147,7 @@ class LatentDiffusion:
             own = own[: len(row) - 2]
             row[1 : 1 + len(own)] = torch.tensor([weight for _, weight in own])
         scaled = context * weights[..., None].to(context.device)
-        if self.family == "ldm":
+        if not self.text_encoder.restores_mean:
             return scaled
         # The means are small beside what they are means of, hence float64, which MPS has not.
         before, after = (x.cpu().double().mean((1, 2), True) for x in (context, scaled))
