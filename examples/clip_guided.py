@@ -32,7 +32,7 @@ def clip_guided(lab: Lab, goal: Tensor, n: int, steps: int, scale: float) -> lis
         drawn = model.autoencoder.decode((x_0 / SCALE_FACTOR).to(model.dtype)).float()
         cosine = (image_features(lab, drawn) @ goal.to(x.device).T).mean(1).sum()
         slope = torch.autograd.grad(cosine, x)[0]
-        a = schedule.a(t, x).float()
+        a = schedule.a(t, x).to(x)
         eps = eps.detach() - scale * (1 - a).sqrt() * slope
         x_0 = (x.detach() - (1 - a).sqrt() * eps) / a.sqrt()
         x = schedule.q_sample(x_0, t_prev, eps)

@@ -40,30 +40,31 @@ class Schedule:
         self.alphas_cumprod = torch.cumprod(1 - self.betas, dim=0)
 
     def a(self, t: Tensor | int, like: Tensor) -> Tensor:
-        """a_t for timesteps t (B,) or a number, float64, shaped to multiply `like` (B, ...).
+        """a_t for timesteps t (B,) or a number, shaped to multiply `like` (B, ...); float64, on the
+        CPU (MPS knows no float64).
 
         Before the first timestep (t < 0) nothing is noised: a_t is 1.
         """
         t = torch.as_tensor(t).cpu()
         a = torch.where(t < 0, 1.0, self.alphas_cumprod[t.clamp(min=0)])
-        return a.reshape(-1, *[1] * (like.ndim - 1)).to(like.device)
+        return a.reshape(-1, *[1] * (like.ndim - 1))
 
     def q_sample(self, x_0: Tensor, t: Tensor | int, noise: Tensor) -> Tensor:
         """A sample of q(x_t | x_0) [1, eq. 4]: x_0 (B, ...) noised to timesteps t (B,), or one."""
         a = self.a(t, x_0)
-        return a.sqrt().to(x_0.dtype) * x_0 + (1 - a).sqrt().to(x_0.dtype) * noise
+        return a.sqrt().to(x_0) * x_0 + (1 - a).sqrt().to(x_0) * noise
 
     def target(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """What the UNet should return for q_sample(x_0, t, noise)."""
         if self.prediction == "eps":
             return noise
         a = self.a(t, x_0)
-        return a.sqrt().to(x_0.dtype) * noise - (1 - a).sqrt().to(x_0.dtype) * x_0
+        return a.sqrt().to(x_0) * noise - (1 - a).sqrt().to(x_0) * x_0
 
     def x_0_and_eps(self, x_t: Tensor, t: Tensor | int, prediction: Tensor):
         """The clean picture and the noise that the UNet's prediction stands for, (x_0, eps)."""
         a = self.a(t, x_t)
-        signal, sigma = a.sqrt().to(x_t.dtype), (1 - a).sqrt().to(x_t.dtype)
+        signal, sigma = a.sqrt().to(x_t), (1 - a).sqrt().to(x_t)
         if self.prediction == "eps":
             return (x_t - sigma * prediction) / signal, prediction
         return signal * x_t - sigma * prediction, signal * prediction + sigma * x_t
@@ -88,9 +89,8 @@ class Schedule:
             return self.q_sample(x_0, t_prev, eps)
         a_t, a_prev = self.a(t, x_t), self.a(t_prev, x_t)
         variance = eta**2 * (1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)
-        x = a_prev.sqrt().to(x_t.dtype) * x_0
-        x = x + (1 - a_prev - variance).sqrt().to(x_t.dtype) * eps
-        return x + variance.sqrt().to(x_t.dtype) * noise
+        x = a_prev.sqrt().to(x_t) * x_0 + (1 - a_prev - variance).sqrt().to(x_t) * eps
+        return x + variance.sqrt().to(x_t) * noise
 
     def ddim_timesteps(self, steps: int) -> list[int]:
         """`steps` timesteps, falling: 981, 961, ..., 21, 1 for 50 steps.

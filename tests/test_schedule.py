@@ -75,6 +75,19 @@ def test_noising_and_back(family):
     assert_close_std(eps, g["diff.eps_from_v" if family == "sd2" else "diff.noise"], EXACT)
 
 
+@pytest.mark.parametrize("prediction", ("eps", "v"))
+def test_float64_stays_on_the_cpu(prediction):
+    """Some devices have none; "meta" stands for them: mixed with the CPU it fails."""
+    ours, t = Schedule(0.00085, 0.012, prediction), torch.tensor([3, 500])
+    x, noise = torch.zeros(2, 4, 2, 2, device="meta"), torch.zeros(2, 4, 2, 2, device="meta")
+    assert ours.a(t, x).device.type == "cpu"
+    for result in (
+        *(ours.q_sample(x, t, noise), ours.target(x, t, noise)),
+        *(ours.ddim_step(x, 500, 400, noise), ours.ddim_step(x, 500, 400, noise, 1, noise)),
+    ):
+        assert result.device.type == "meta" and result.dtype == torch.float32
+
+
 def test_unknown_prediction_type():
     with pytest.raises(ValueError, match="prediction type 'x0' is not known"):
         Schedule(0.00085, 0.012, "x0")
