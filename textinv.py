@@ -504,7 +504,8 @@ def checkpointed(model: LatentDiffusion, states: Iterator[State]) -> Iterator[St
 def check_range(least: float, **numbers: float) -> None:
     for name, number in numbers.items():
         if not least <= number < 2**53:  # NaN is refused too
-            raise ValueError(f"{name} is {number}; it must be at least {least:g} and below 2**53")
+            fault = "is too large" if number >= 2**53 else f"must be at least {least:g}"
+            raise ValueError(f"{name} is {number}; it {fault}")
 
 
 def hyperparameters(model: LatentDiffusion, steps, batch_size, lr) -> tuple[int, int, float]:
@@ -542,8 +543,9 @@ def check_prompts(model: LatentDiffusion, prompts: Sequence[str], words: Sequenc
     for prompt in dict.fromkeys(prompts):
         if not set(placeholders[word]) <= set(model.tokenizer.encode(prompt, placeholders)):
             raise ValueError(
-                f"{word} is not read in {prompt!r}: it touches other letters, or is cut off; use a "
-                "name like <cat>, or a shorter template"
+                f"{word} is not read in {prompt!r}: it touches other letters, or its vectors do "
+                f"not fit into {model.tokenizer.max_length - 2} tokens; use a name like <cat>, "
+                "fewer vectors or a shorter template"
             )
 
 
@@ -623,16 +625,20 @@ def invert(model: LatentDiffusion, images: Images, init_word: str, **options) ->
 # -------------------------------------------------------------------------------------- sampling
 
 
+WIDTHS = {768: "a Stable Diffusion 1", 1024: "a Stable Diffusion 2", 1280: "LDM text2img-large"}
+
+
 def check_concepts(model: LatentDiffusion, concepts: Sequence[Concept]) -> None:
     """Raises ValueError for words of another model's width, and for names that are no good."""
     width = model.text_encoder.token_table.shape[1]
     seen = set()
     for concept in concepts:
         if concept.vectors.shape[1] != width:
+            own = concept.vectors.shape[1]
+            base = concept.metadata.get("base_model") or WIDTHS.get(own, "unknown")
             raise ValueError(
-                f"{concept.placeholder} has vectors {concept.vectors.shape[1]} wide, this model's "
-                f"words are {width} wide; it was learnt with another model "
-                f"({concept.metadata.get('base_model', 'unknown')}), so give that one with --model"
+                f"{concept.placeholder} has vectors {own} wide, this model's words are {width} "
+                f"wide; it was learnt with another model ({base}), so give that with --model"
             )
         if concept.placeholder in seen:
             raise ValueError(
@@ -780,7 +786,7 @@ def edit(
     image = open_image(image)
     strength = STRENGTH[mask is not None] if strength is None else strength
     if not 0 < strength <= 1:
-        raise ValueError(f"strength is {strength}; it goes from 0 (keep all) to 1 (new picture)")
+        raise ValueError(f"strength is {strength}; use more than 0 (keep all), and 1 at most")
     check_range(1, n=n)
     check_range(0, seed=seed, reconstruct_steps=reconstruct_steps)
     mask = Image.new("L", image.size, 255) if mask is None else open_mask(mask, image.size)

@@ -14,9 +14,16 @@ import textinv
 from models.command_line import print_scores
 from models.files import write_table
 
-SETUPS = {f"{steps} steps": dict(steps=steps) for steps in (30, 60, 120, 240)}
-SETUPS |= {"auto": dict(stop="auto"), "ours": {}}
+SHARES = (20, 10, 5, 2.5)  # the runs of fewer steps are these parts of the full one
 PAPER = {key: textinv.PAPER[key] for key in ("steps", "batch_size", "lr")}
+
+
+def setups(lab: Lab, paper: bool) -> dict[str, dict]:
+    full = textinv.hyperparameters(lab.model, lab.training["steps"], None, None)[0]
+    shorter = [max(1, round(full / share)) for share in SHARES]
+    named = {f"{steps} steps": dict(steps=steps) for steps in shorter}
+    named |= {"auto": dict(stop="auto"), "ours": {}}
+    return named | ({"paper": PAPER} if paper else {})
 
 
 def main(argv=None) -> None:
@@ -25,7 +32,7 @@ def main(argv=None) -> None:
     parser.add_argument("--paper", action="store_true", help="the paper's numbers beside ours")
     args = parser.parse_args(argv)
     lab, rows = Lab.of(args), []
-    for setup, given in (SETUPS | ({"paper": PAPER} if args.paper else {})).items():
+    for setup, given in setups(lab, args.paper).items():
         for name in args.concepts[: 2 if args.quick else None]:
             word = lab.word(name, setup, **given)
             rows += lab.scores(setup, name, [word.placeholder], [word])

@@ -91,11 +91,12 @@ def build_parser() -> Parser:
     loading.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
     loading.add_argument("--precision", choices=PRECISIONS, help="the device's best by default")
     seed = new()
-    seed.add_argument("--seed", type=int, default=0)
+    seed.add_argument("--seed", type=int, default=0, help="of all random numbers (0)")
     writing = new()
     writing.add_argument("--overwrite", action="store_true", help="replace files of this name")
     words = new()
-    words.add_argument("--concept", action="append", default=[], metavar="FILE", help="learnt word")
+    several = "a learnt word; once for each"
+    words.add_argument("--concept", action="append", default=[], metavar="FILE", help=several)
     rename = "call a word otherwise; OLD is its file or its name"
     words.add_argument("--rename", action="append", default=[], metavar="OLD=NEW", help=rename)
     drawing = new(parents=[loading, seed, writing])
@@ -127,11 +128,11 @@ def add_invert(p: argparse.ArgumentParser) -> None:
     p.add_argument("--out", metavar="FILE", help="NAME OF FOLDER.safetensors by default")
     p.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
     p.add_argument("--vectors", type=int, help="vectors per word (1; 3 if progressive)")
-    p.add_argument("--steps", type=int)
-    p.add_argument("--batch-size", type=int)
-    p.add_argument("--lr", type=rate, help="times the batch size; or base, high, low")
+    p.add_argument("--steps", type=int, help="of training (5000; bundled model 600)")
+    p.add_argument("--batch-size", type=int, help="pictures a step (4; bundled 8)")
+    p.add_argument("--lr", type=rate, help="per picture of a step (0.005); or base, high, low")
     p.add_argument("--stop", choices=STOPS, default="never", help="auto: once the word is steady")
-    p.add_argument("--weight-decay", type=float, default=0.0)
+    p.add_argument("--weight-decay", type=float, default=0.0, help="AdamW's, towards 0 (0)")
     p.add_argument("--regularize", type=float, default=0.0, metavar="W", help="hold to init word")
     p.add_argument("--progressive", action="store_true", help="one vector, then two, then three")
     p.add_argument("--per-image", action="store_true", help="also a word for each picture alone")
@@ -141,7 +142,7 @@ def add_invert(p: argparse.ArgumentParser) -> None:
     p.add_argument("--templates", default="object", metavar="T", help=templates)
     p.add_argument("--no-flip", action="store_true", help="do not mirror the pictures")
     p.add_argument("--gradient-checkpointing", action="store_true", help="less memory, slower")
-    p.add_argument("--preview-every", type=int, metavar="STEPS", help="0 for none")
+    p.add_argument("--preview-every", type=int, metavar="STEPS", help="0 for none (a third)")
     p.add_argument("--save-every", type=int, default=50, metavar="STEPS", help="for --resume (50)")
     p.set_defaults(run=run_invert)
 
@@ -150,7 +151,7 @@ def add_sample(p: argparse.ArgumentParser) -> None:
     p.add_argument("prompts", nargs="+", metavar="PROMPT", help="(word:1.2) weighs a word")
     p.add_argument("-n", type=int, default=4, help="pictures per prompt (default 4)")
     p.add_argument("--keep", type=int, metavar="K", help="the K of n that CLIP finds best")
-    p.add_argument("--eta", type=float, default=0.0)
+    p.add_argument("--eta", type=float, default=0.0, help="0 is DDIM, 1 as noisy as DDPM (0)")
     p.add_argument("--size", metavar="W[xH]", help="pixels; the model's own size by default")
     p.add_argument("--out", default="grid.png", metavar="FILE", help="the grid (grid.png)")
     p.add_argument("--singles", metavar="FOLDER", help="also write each picture by itself")
@@ -236,7 +237,13 @@ def read_templates(choice: str, pictures: Sequence[Path]) -> list[str] | list[li
     if "{}" in choice:
         return [choice]
     if choice == "captions":
-        return [read_lines(path.with_suffix(".txt")) for path in pictures]
+        captions = [path.with_suffix(".txt") for path in pictures]
+        if missing := next((path for path in captions if not path.is_file()), None):
+            raise ValueError(
+                f"{missing} is missing; --templates captions wants a text file beside each picture "
+                "with a line such as 'a photo of {} on the grass'"
+            )
+        return [read_lines(path) for path in captions]
     if not Path(choice).is_file():
         raise ValueError(
             f"--templates {choice} is no file; use {', '.join(TEMPLATES)}, captions, a file with "
@@ -288,7 +295,7 @@ def target_of(args: argparse.Namespace) -> tuple[Path, str]:
     if source.is_dir() and out.resolve().parent == source:
         raise ValueError(
             f"{out} lies among the pictures to learn from, and so would the previews; write it "
-            f"elsewhere, for example --out ../{out.name}"
+            f"elsewhere, for example --out {os.path.relpath(source.parent / out.name)}"
         )
     return out, default_placeholder(name) if args.placeholder is None else args.placeholder
 
@@ -315,11 +322,14 @@ def run_invert(args: argparse.Namespace) -> int:
     if not args.init_word:
         raise ValueError(
             "--init-word is missing: the coarse word for what the pictures show (cat, mug, "
-            f"painting), from which the new word starts; nearest here: {near_words(paths)}"
+            "painting), from which the new word starts; of the bundled model's words these look "
+            f"most like them, right or wrong: {near_words(paths)}"
         )
     model = load_for(args)
     ids = model.tokenizer.token_ids(args.init_word)
     print(f"init word {args.init_word!r}: {len(ids)} token(s), ids {ids}")
+    if len(ids) > len(args.init_word.split()):
+        warnings.warn(f"this model spells {args.init_word!r} in pieces; a word it knows is better")
     pixels = prepare_images(paths, model.size)
     options = training_options(args, model, paths) | dict(placeholder=placeholder)
     about = dict(model=model.name, fingerprint=model.fingerprint, precision=str(model.dtype))
@@ -330,6 +340,8 @@ def run_invert(args: argparse.Namespace) -> int:
     run = Run(out, options | about)
     state = run.look(args.resume, args.overwrite)
     begun = int(state["step"]) if state else 0
+    if args.resume and not state:
+        warnings.warn(f"there is no run at {out} to go on with; it begins anew")
     if state and out.exists() and (begun == steps or Watch.of(state).steady()):
         print(f"the run is over after {begun} steps; the word is in {out}")
         return 0
@@ -341,7 +353,8 @@ def run_invert(args: argparse.Namespace) -> int:
     run.begin(anew=state is None)
     write_png(run.path("inputs.png"), grid(pictures), {"what": "what the model sees"}, True)
     where = f", from step {begun} on" if begun else ""
-    print(f"learning {placeholder} from {len(pictures)} pictures, {steps} steps{where}, to {out}")
+    shown = f"{len(pictures)} picture" + "s" * (len(pictures) > 1)
+    print(f"learning {placeholder} from {shown}, {steps} steps{where}, to {out}")
     progress = tqdm(states, total=steps, initial=begun, unit="step")
     over = learn(model, progress, run, start, args)
     if rank_and_world()[0] > 0:
@@ -457,6 +470,9 @@ def words_for(args: argparse.Namespace, prompts: Sequence[str]) -> list[Concept]
     concepts = load_words(args.concept, args.rename)
     for prompt in prompts:
         plain_text(prompt, concepts)
+    for concept in concepts:
+        if not any(concept.placeholder in prompt for prompt in prompts):
+            warnings.warn(f"{concept.placeholder} was loaded, but stands in no prompt")
     for word in unknown_words(prompts, concepts):
         known = ", ".join(c.placeholder for c in concepts) or "none"
         warnings.warn(f"{word} is no learnt word (known: {known}); it is read as plain text")
@@ -610,7 +626,8 @@ def run_convert(args: argparse.Namespace) -> None:
     names = ", ".join(concept.placeholder for concept in concepts)
     chosen = [c for c in concepts if args.word in (None, c.placeholder)]
     if len(chosen) != 1:
-        raise ValueError(f"{args.source} holds {names}; say which one with --word")
+        wrong = f", not {args.word}" if args.word else ""
+        raise ValueError(f"{args.source} holds {names}{wrong}; say which one with --word")
     placeholder = chosen[0].placeholder if args.placeholder is None else args.placeholder
     if not is_one_word(placeholder):
         raise ValueError(

@@ -270,7 +270,8 @@ def default_format(suffix: str) -> str:
         if suffix.lower() in suffixes:
             return format
     possible = ", ".join(dict.fromkeys(s for suffixes in SUFFIXES.values() for s in suffixes))
-    raise ValueError(f"words are not written as {suffix!r}; possible are {possible}")
+    given = repr(suffix) if suffix else "files without an ending"
+    raise ValueError(f"words are not written as {given}; possible are {possible}")
 
 
 def encode_concept(
