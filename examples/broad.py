@@ -12,11 +12,10 @@ matplotlib) and a table.
 import json
 
 import lpips_fid
-from experiment import Lab, options, tiles
+from experiment import Lab, draw_chart, options, tiles
 from measures import cluster_diversity, frechet
 
 import textinv
-from models.command_line import draw_chart
 from models.evaluation import editability, reconstruction, without_placeholder
 from models.files import write_file, write_table
 

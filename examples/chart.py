@@ -2,18 +2,24 @@
 13, measures by training steps.
 
     python textinv.py evaluate runs/*/*.safetensors --images examples/concepts --chart fig7.png
+    python examples/chart.py scores.csv fig7.png    # of a table that `evaluate` wrote
 
 Needs matplotlib: pip install -e ".[plots]".
 """
 
+import argparse
+import csv
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import mean
 
+import experiment  # noqa: F401  so that the repository is found
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from models.evaluation import confidence
+from models.evaluation import confidence, scores_of
+from models.files import write_file
 
 
 def tradeoff(scores: Mapping[str, Sequence[tuple[str, float, float]]]) -> bytes:
@@ -61,3 +67,17 @@ def png(figure: Figure) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png")
     return file.getvalue()
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("table", type=Path)
+    parser.add_argument("chart", type=Path)
+    args = parser.parse_args(argv)
+    with open(args.table, newline="", encoding="utf-8") as file:
+        rows = [row | dict(score=float(row["score"])) for row in csv.DictReader(file)]
+    write_file(args.chart, tradeoff(scores_of(rows)), overwrite=True)
+
+
+if __name__ == "__main__":
+    main()

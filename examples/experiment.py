@@ -8,6 +8,7 @@ options change is not asked again of a result that is there: take another --out 
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,6 +127,17 @@ def tiles(name: str, side: int = 64) -> list[Image.Image]:
     sheet = Image.open(EXAMPLES / "sets" / name).convert("RGB")
     corners = [(x, y) for y in range(0, sheet.height, side) for x in range(0, sheet.width, side)]
     return [sheet.crop((x, y, x + side, y + side)) for x, y in corners]
+
+
+def draw_chart(path: Path, draw: Callable) -> None:
+    """Write what `draw` makes of the module chart.py, if there is matplotlib, an extra."""
+    try:
+        import chart
+    except ImportError as error:
+        print(f"no chart: {error}; pip install matplotlib")
+    else:
+        write_file(path, draw(chart), overwrite=True)
+        print(f"wrote {path}")
 
 
 def plus_minus(values) -> str:

@@ -8,9 +8,9 @@ its differences to the first, set by set, with a 95% confidence interval. The pa
 of 50 DDIM steps for each prompt (-n 64 --steps 50); the default here is 8 of 20.
 """
 
-from experiment import EXAMPLES, OBJECTS, Lab, options, plus_minus
+from experiment import EXAMPLES, OBJECTS, Lab, draw_chart, options, plus_minus
 
-from models.command_line import draw_chart, print_scores
+from models.command_line import print_scores
 from models.evaluation import read_captions, scores_of
 from models.files import write_table
 

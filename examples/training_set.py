@@ -11,10 +11,10 @@ training_set.csv, training_set.png (needs matplotlib) and a table.
 
 import json
 
-from experiment import Lab, opened, options, pictures, tiles
+from experiment import Lab, draw_chart, opened, options, pictures, tiles
 
 import textinv
-from models.command_line import draw_chart, print_scores
+from models.command_line import print_scores
 from models.evaluation import reconstruction, scores_of
 from models.files import write_file, write_table
 

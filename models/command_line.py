@@ -10,9 +10,10 @@ import json
 import os
 import re
 import shlex
+import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from functools import partial
@@ -63,7 +64,7 @@ from .embeddings import (
     load_concepts,
 )
 from .evaluation import Scorer, confidence, rank, read_captions, read_prompts, scores_of
-from .files import Run, free_target, interruptible, write_file, write_png, write_table
+from .files import Run, free_target, interruptible, write_png, write_table
 from .latent_diffusion import LatentDiffusion
 from .parallel import any_of_them, processes, rank_and_world, shared_out
 from .reading import out_of_memory
@@ -592,8 +593,8 @@ def run_evaluate(args: argparse.Namespace) -> None:
             write_table(out, rows, overwrite=args.overwrite or len(rows) > count)
     print_scores(rows)
     print(f"wrote {out}")
-    if chart:
-        draw_chart(chart, lambda module: module.tradeoff(scores_of(rows)))
+    if chart and rank_and_world()[0] == 0:
+        draw_chart(out, chart)
 
 
 def print_scores(rows: Sequence[dict]) -> None:
@@ -608,16 +609,17 @@ def print_scores(rows: Sequence[dict]) -> None:
             )
 
 
-def draw_chart(path: Path, draw: Callable) -> None:
-    """Write what `draw` makes of the module examples/chart.py. matplotlib is an extra, so a missing
-    one costs the chart and nothing else."""
-    try:
-        from examples import chart
-    except ImportError as error:
-        warnings.warn(f"no chart: {error}; pip install matplotlib, and run from the repository")
+def draw_chart(table: Path, chart: Path) -> None:
+    """Figure 7 of a table of scores, by the script for it in a process of its own: matplotlib is an
+    extra, so a missing one costs the chart and nothing else."""
+    script = Path(__file__).resolve().parent.parent / "examples" / "chart.py"
+    command = [sys.executable, script, table, chart]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        reason = done.stderr.strip().rpartition("\n")[2]
+        warnings.warn(f"no chart: {reason}; pip install matplotlib, and run from the repository")
     else:
-        write_file(path, draw(chart), overwrite=True)
-        print(f"wrote {path}")
+        print(f"wrote {chart}")
 
 
 def run_convert(args: argparse.Namespace) -> None:
