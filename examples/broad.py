@@ -11,6 +11,7 @@ matplotlib) and a table.
 
 import json
 
+import chart
 import lpips_fid
 from experiment import Lab, draw_chart, options, tiles
 from measures import cluster_diversity, frechet
@@ -71,7 +72,7 @@ def main(argv=None) -> None:
                 scores = (f"{measure} {value:.3f}" for measure, value in found.items())
                 print(f"{name}, {count} pictures, {step} steps:", *scores, flush=True)
     write_table(lab.out / "broad.csv", rows, overwrite=True)
-    draw_chart(lab.out / "broad.png", lambda chart: chart.curves(rows, list(rows[0])[3:]))
+    draw_chart(lab.out / "broad.png", lambda: chart.curves(rows, list(rows[0])[3:]))
 
 
 if __name__ == "__main__":

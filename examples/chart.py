@@ -10,13 +10,12 @@ Needs matplotlib: pip install -e ".[plots]".
 import argparse
 import csv
 import io
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
 import experiment  # noqa: F401  so that the repository is found
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from models.evaluation import confidence, scores_of
 from models.files import write_file
@@ -25,8 +24,7 @@ from models.files import write_file
 def tradeoff(scores: Mapping[str, Sequence[tuple[str, float, float]]]) -> bytes:
     """A PNG with a point for each setup, {setup: [(word, reconstruction, editability), ...]}: the
     mean over its words, with 95% confidence intervals where it has more than two."""
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank(8, 5)
     axes = figure.subplots()
     for i, (setup, rows) in enumerate(scores.items()):
         points = ([row[2] for row in rows], [row[1] for row in rows])
@@ -45,8 +43,7 @@ def curves(rows: Sequence[Mapping], measures: Sequence[str]) -> bytes:
     """A PNG with a panel for each set and measure, a line for each number of pictures, over the
     training steps; rows as broad.py writes them."""
     names = list(dict.fromkeys(row["name"] for row in rows))
-    figure = Figure(figsize=(3 * len(measures), 2.5 * len(names)), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank(3 * len(measures), 2.5 * len(names))
     panels = figure.subplots(len(names), len(measures), squeeze=False)
     for axes, name in zip(panels, names):
         for panel, measure in zip(axes, measures):
@@ -63,7 +60,14 @@ def curves(rows: Sequence[Mapping], measures: Sequence[str]) -> bytes:
     return png(figure)
 
 
-def png(figure: Figure) -> bytes:
+def blank(width: float, height: float):
+    """A figure of so many inches. matplotlib, an extra, is looked for only here."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=120, layout="constrained")
+
+
+def png(figure) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png")
     return file.getvalue()
@@ -76,7 +80,10 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     with open(args.table, newline="", encoding="utf-8") as file:
         rows = [row | dict(score=float(row["score"])) for row in csv.DictReader(file)]
-    write_file(args.chart, tradeoff(scores_of(rows)), overwrite=True)
+    try:
+        write_file(args.chart, tradeoff(scores_of(rows)), overwrite=True)
+    except ImportError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

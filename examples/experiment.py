@@ -129,14 +129,13 @@ def tiles(name: str, side: int = 64) -> list[Image.Image]:
     return [sheet.crop((x, y, x + side, y + side)) for x, y in corners]
 
 
-def draw_chart(path: Path, draw: Callable) -> None:
-    """Write what `draw` makes of the module chart.py, if there is matplotlib, an extra."""
+def draw_chart(path: Path, draw: Callable[[], bytes]) -> None:
+    """Write what a function of chart.py draws, if there is matplotlib, an extra."""
     try:
-        import chart
+        write_file(path, draw(), overwrite=True)
     except ImportError as error:
         print(f"no chart: {error}; pip install matplotlib")
     else:
-        write_file(path, draw(chart), overwrite=True)
         print(f"wrote {path}")
 
 

@@ -8,6 +8,7 @@ its differences to the first, set by set, with a 95% confidence interval. The pa
 of 50 DDIM steps for each prompt (-n 64 --steps 50); the default here is 8 of 20.
 """
 
+import chart
 from experiment import EXAMPLES, OBJECTS, Lab, draw_chart, options, plus_minus
 
 from models.command_line import print_scores
@@ -62,7 +63,7 @@ def main(argv=None) -> None:
     write_table(lab.out / "fig7.csv", rows, overwrite=True)
     print_scores(rows)
     print_differences(rows)
-    draw_chart(lab.out / "fig7.png", lambda chart: chart.tradeoff(scores_of(rows)))
+    draw_chart(lab.out / "fig7.png", lambda: chart.tradeoff(scores_of(rows)))
 
 
 if __name__ == "__main__":

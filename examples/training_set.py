@@ -11,6 +11,7 @@ training_set.csv, training_set.png (needs matplotlib) and a table.
 
 import json
 
+import chart
 from experiment import Lab, draw_chart, opened, options, pictures, tiles
 
 import textinv
@@ -54,7 +55,7 @@ def main(argv=None) -> None:
     write_table(lab.out / "training_set.csv", rows, overwrite=True)
     print_scores(rows)
     print("", "setup                word                 presence", *present, sep="\n")
-    draw_chart(lab.out / "training_set.png", lambda chart: chart.tradeoff(scores_of(rows)))
+    draw_chart(lab.out / "training_set.png", lambda: chart.tradeoff(scores_of(rows)))
 
 
 if __name__ == "__main__":
