@@ -19,9 +19,8 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from benchmark_parts import FULL_SIZE, matmul_rate, timed, write_random
+from benchmark_parts import FULL_SIZE, count_flops, matmul_rate, timed, write_random
 from experiment import ROOT, pictures
-from torch.utils.flop_counter import FlopCounterMode
 
 import textinv
 from models.checkpoint import best_device, best_dtype
@@ -43,9 +42,7 @@ def measure(args: argparse.Namespace) -> dict:
     column["command to first step, s"] = time.time() - args.started
     seconds = median(timed(lambda: next(states), device) for _ in range(args.steps))
     column |= {"training step, s": seconds, "peak memory": peak_memory(device)}
-    with FlopCounterMode(display=False) as counter:  # takes memory of its own
-        next(states)
-    flops = counter.get_total_flops() / 1e12
+    flops = count_flops(lambda: next(states)) / 1e12  # takes memory of its own
     column |= {"TFLOP a step": flops, "TFLOP/s": flops / seconds}
     column["share of a matrix product's"] = flops / seconds / matmul_rate(device, dtype)
     column["picture of 50 DDIM steps, s"] = picture_seconds(model, args.ddim_steps)

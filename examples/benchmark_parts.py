@@ -7,6 +7,7 @@ from pathlib import Path
 import experiment  # noqa: F401  so that the repository is found
 import torch
 from safetensors.torch import save_file
+from torch.utils import flop_counter
 
 from models.autoencoder import Autoencoder, AutoencoderConfig
 from models.bert import BertConfig, BertTextEncoder
@@ -35,6 +36,18 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     return 2 * n**3 / min(timed(lambda: a @ b, device) for _ in range(5)) / 1e12
+
+
+def count_flops(work: Callable[[], object]) -> int:
+    """Floating point operations of the work: matrix products, convolutions, attention. torch's
+    counter passes over the attention that runs on the CPU unless it is told."""
+    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    of_shapes = {forward: lambda *qkv, **_: flop_counter.sdpa_flop_count(*qkv[:3])}
+    of_shapes[backward] = lambda *gqkv, **_: flop_counter.sdpa_backward_flop_count(*gqkv[:4])
+    with flop_counter.FlopCounterMode(display=False, custom_mapping=of_shapes) as counter:
+        work()
+    return counter.get_total_flops()
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:

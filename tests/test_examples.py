@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import textinv
+from models.layers import attention
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
@@ -252,3 +253,15 @@ def test_sheets_hold_every_picture_at_its_place():
     centre = lambda i, j: (LABEL + i * (SIDE + GAP) + SIDE // 2, top + j * (SIDE + GAP) + SIDE // 2)
     colours = [page.getpixel(centre(i, j)) for j in (0, 1) for i in (0, 1)]
     assert colours == [(255, 0, 0), (255, 255, 255), (0, 0, 255), (255, 0, 0)]
+
+
+def test_attention_on_the_cpu_is_among_the_flops_counted():
+    """Of 6 queries, 10 keys, 8 numbers and 3 heads: two products forward, five backward, for
+    the scores are computed once more."""
+    from benchmark_parts import count_flops
+
+    q = torch.randn(1, 6, 24, requires_grad=True)
+    k, v = torch.randn(1, 10, 24), torch.randn(1, 10, 24)
+    product = 2 * 3 * 6 * 10 * 8
+    assert count_flops(lambda: attention(q, k, v, 3)) == 2 * product
+    assert count_flops(lambda: attention(q, k, v, 3).sum().backward()) == 7 * product
