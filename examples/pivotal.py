@@ -25,19 +25,11 @@ PROMPTS = ("a photo of a {}", "a photo of a {} under water", "a sketch of a {}")
 SCALES = (1.0, 3.0, 7.0)
 
 
-def loss_of(model, images, word: textinv.Concept, batch_size: int) -> Callable[[int], Tensor]:
+def loss_of(model, images, word, batch_size: int) -> Callable[[int], Tensor]:
     """The training loss of the step with that number, as `textinv.train` has it; the word rests."""
-    pixels = textinv.prepare_images(images, model.size)
-    mean, std = textinv.latent_moments(model, textinv.views(pixels, flip=True)[0])
-
-    def loss(step: int) -> Tensor:
-        draw, generator = textinv.draws_of_step(0, step)
-        _, *batch = textinv.draw_batch(model, mean, std, batch_size, generator)
-        texts = draw.choices(textinv.OBJECT_TEMPLATES, k=batch_size)
-        context = model.encode_text([t.format(word.placeholder) for t in texts], [word])
-        return textinv.diffusion_loss(model, batch[0], context, *batch[1:])
-
-    return loss
+    given = dict(flip=True, per_image=False, batch_size=batch_size, seed=0)
+    lesson = textinv.prepare(model, word, images, textinv.OBJECT_TEMPLATES, **given)
+    return lambda step: lesson.loss(step)[0]
 
 
 def main(argv=None) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from elsewhere import elsewhere
+from helpers import EXACT, GOLDEN, assert_close_std
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -335,3 +337,74 @@ def test_a_word_that_is_cut_in_two_is_refused(model):
     textinv.train(model, MUSHROOM, "plant", vectors=2, templates=[template])
     with pytest.raises(ValueError, match="do not fit into 22 tokens"):
         textinv.train(model, MUSHROOM, "plant", vectors=3, templates=[template])
+
+
+# ------------------------------------------------------------------------------- other devices
+
+
+def test_another_device_gives_the_same_word_and_pictures(model):
+    def work(model):
+        learnt = [
+            textinv.invert(model, MUSHROOM, "plant", steps=steps, batch_size=2, **options)
+            for steps, options in (
+                (11, dict(stop="auto")),
+                (3, dict(progressive=True, vectors=3, weight_decay=0.1)),
+                (3, dict(per_image=True, gradient_checkpointing=True, regularize=0.1)),
+            )
+        ]
+        drawn = textinv.sample(model, "a (photo:1.2) of a <s>", learnt[:1], n=2, steps=3, eta=1.0)
+        options = dict(steps=2, reconstruct_steps=2)
+        drawn += textinv.edit(model, MUSHROOM / "1.png", "a <s>", learnt[:1], **options)
+        return [word.vectors.cpu() for word in learnt], drawn
+
+    words, pictures = work(model)
+    with elsewhere():
+        far_words, far_pictures = work(textinv.load_model(dtype=torch.float32))
+    for word, far in zip(words, far_words):
+        assert_close_std(far, word, EXACT)
+    for picture, far in zip(pictures, far_pictures):
+        assert np.abs(np.asarray(picture, float) - np.asarray(far, float)).max() <= 1
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("file", ("ldm/model.ckpt", "sd1/model.ckpt", "sd2/model.safetensors"))
+def test_every_family_works_on_another_device(file, dtype):
+    with elsewhere():
+        model = textinv.load_model(GOLDEN / "tiny" / file, dtype=dtype)
+        model.size = 64
+        word = textinv.invert(model, MUSHROOM, "a", steps=1, batch_size=1)
+        assert model.device.type == word.vectors.device.type == "meta" and model.dtype == dtype
+        (picture,) = textinv.sample(model, "a (dark:0.9) <s>", [word], steps=1, size=64)
+    assert picture.size == (64, 64)
+
+
+def test_a_run_on_another_device_is_resumed_there_and_here(model):
+    options = dict(init_word="plant", steps=4, batch_size=2, stop="auto")
+    *_, end = textinv.train(model, MUSHROOM, **options)
+    with elsewhere():
+        far = textinv.load_model(dtype=torch.float32)
+        states = textinv.train(far, MUSHROOM, **options)
+        saved = [next(states).tensors() for _ in range(2)][-1]
+        *_, there = textinv.train(far, MUSHROOM, resume=saved, **options)
+        there = there.concept.vectors.detach().cpu()
+    *_, here = textinv.train(model, MUSHROOM, resume=saved, **options)
+    assert_close_std(there, end.concept.vectors.detach(), EXACT)
+    assert_close_std(here.concept.vectors, end.concept.vectors.detach(), EXACT)
+
+
+def test_every_verb_on_another_device(tmp_path, capsys):
+    word, prompts = str(tmp_path / "m.safetensors"), tmp_path / "prompts.txt"
+    prompts.write_text("style: a sketch of {}\n")
+    out, images = ["--out", str(tmp_path / "1.png")], ["--images", str(MUSHROOM)]
+    scores = ["--prompts", str(prompts), "--out", str(tmp_path / "scores.csv")]
+    few = ["--steps", "2", "-n", "2"]
+    with elsewhere():
+        for verb in (
+            ["invert", str(MUSHROOM), "--init-word", "plant", "--steps", "2", "--out", word],
+            ["sample", "a <m>", "--concept", word, "--keep", "1", *few, *out],
+            ["edit", str(MUSHROOM / "1.png"), "a <m>", "--concept", word, *few, *out],
+            ["evaluate", word, *images, *few, *scores],
+            ["show", word],
+        ):
+            assert textinv.main([*verb, *["--overwrite"] * (verb[0] == "edit")]) == 0, verb
+    assert "on meta" in capsys.readouterr().out
