@@ -320,12 +320,7 @@ def run_invert(args: argparse.Namespace) -> int:
     if args.save_image_words and not args.per_image:
         raise ValueError("--save-image-words saves the words of --per-image; add that, or drop it")
     paths = find_images(args.images)
-    if not args.init_word:
-        raise ValueError(
-            "--init-word is missing: the coarse word for what the pictures show (cat, mug, "
-            "painting), from which the new word starts; of the bundled model's words these look "
-            f"most like them, right or wrong: {near_words(paths)}"
-        )
+    check_init_word(args.init_word, paths)
     model = load_for(args)
     ids = model.tokenizer.token_ids(args.init_word)
     print(f"init word {args.init_word!r}: {len(ids)} token(s), ids {ids}")
@@ -333,13 +328,8 @@ def run_invert(args: argparse.Namespace) -> int:
         warnings.warn(f"this model spells {args.init_word!r} in pieces; a word it knows is better")
     pixels = prepare_images(paths, model.size)
     options = training_options(args, model, paths) | dict(placeholder=placeholder)
-    about = dict(model=model.name, fingerprint=model.fingerprint, precision=str(model.dtype))
-    about |= dict(prediction=model.schedule.prediction)
-    about |= dict(pictures=hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:16])
-    steps = options["steps"]
-    about |= dict(progressive=steps if args.progressive else None)  # its vectors join by steps
-    run = Run(out, options | about)
-    state = run.look(args.resume, args.overwrite)
+    run = Run(out, options | circumstances(model, pixels, options))
+    state, steps = run.look(args.resume, args.overwrite), options["steps"]
     begun = int(state["step"]) if state else 0
     if args.resume and not state:
         warnings.warn(f"there is no run at {out} to go on with; it begins anew")
@@ -358,17 +348,38 @@ def run_invert(args: argparse.Namespace) -> int:
     print(f"learning {placeholder} from {shown}, {steps} steps{where}, to {out}")
     progress = tqdm(states, total=steps, initial=begun, unit="step")
     over = learn(model, progress, run, start, args)
-    if rank_and_world()[0] > 0:
-        return 0 if over else 130
-    if over:
-        word = load_concept(out).placeholder  # .pt and .png have names of their own
-        again = ["sample", f"a photo of {word}", "--concept", str(out)]
-        again += ["--model", args.model] if args.model else []
-        print(f"wrote {out}; try: python textinv.py {shlex.join(again)}")
-        return 0
-    command = shlex.join([*starter(), *sys.argv, *["--resume"] * (not args.resume)])
-    print(f"stopped; the word so far is in {out}; go on with: {command}")
-    return 130
+    if rank_and_world()[0] == 0:
+        print(what_next(args, out, over))
+    return 0 if over else 130
+
+
+def check_init_word(init_word: str | None, paths: Sequence[Path]) -> None:
+    if not init_word:
+        raise ValueError(
+            "--init-word is missing: the coarse word for what the pictures show (cat, mug, "
+            "painting), from which the new word starts; of the bundled model's words these look "
+            f"most like them, right or wrong: {near_words(paths)}"
+        )
+
+
+def circumstances(model: LatentDiffusion, pixels: Tensor, options: dict) -> dict:
+    """What a run must have in common with the one that it goes on with, beside its options."""
+    found = dict(model=model.name, fingerprint=model.fingerprint, precision=str(model.dtype))
+    found |= dict(prediction=model.schedule.prediction)
+    found |= dict(pictures=hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:16])
+    # By steps the vectors of a progressive word join; other words may be given more.
+    return found | dict(progressive=options["steps"] if options["progressive"] else None)
+
+
+def what_next(args: argparse.Namespace, out: Path, over: bool) -> str:
+    """What was written, and the command to try it with; or the one to go on with."""
+    if not over:
+        command = shlex.join([*starter(), *sys.argv, *["--resume"] * (not args.resume)])
+        return f"stopped; the word so far is in {out}; go on with: {command}"
+    word = load_concept(out).placeholder  # .pt and .png have names of their own
+    again = ["sample", f"a photo of {word}", "--concept", str(out)]
+    again += ["--model", args.model] if args.model else []
+    return f"wrote {out}; try: python textinv.py {shlex.join(again)}"
 
 
 def learn(model, progress: tqdm, run: Run, start: Tensor, args) -> bool:
