@@ -367,7 +367,7 @@ def circumstances(model: LatentDiffusion, pixels: Tensor, options: dict) -> dict
     found = dict(model=model.name, fingerprint=model.fingerprint, precision=str(model.dtype))
     found |= dict(prediction=model.schedule.prediction)
     found |= dict(pictures=hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:16])
-    # By steps the vectors of a progressive word join; other words may be given more.
+    # The vectors of a progressive word join by the number of steps; other runs may be given more.
     return found | dict(progressive=options["steps"] if options["progressive"] else None)
 
 
