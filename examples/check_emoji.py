@@ -3,14 +3,13 @@
     python examples/check_emoji.py --out grid.png
 
 For each picture CLIP picks the nearest of 50 captions: the 24 prompts and 26 others. Printed are
-the pictures whose own prompt was picked, and those whose thing was (whatever the scene).
+the pictures for which that is another, and the number of those for which it is their own.
 """
 
 import argparse
 import random
 
 import experiment  # noqa: F401  so that the repository is found
-import torch
 from emoji_data import TRAINED, split_names
 
 import textinv
@@ -46,7 +45,7 @@ pixel art of a ghost on a purple background
 
 def other_captions(count: int) -> list[str]:
     """Captions of trained things that no prompt names, in the prompts' scenes."""
-    names = [name for text in TRAINED.values() for name in split_names(text)]
+    names = (name for text in TRAINED.values() for name in split_names(text))
     free = [n for n in names if not any(n in prompt.split() for prompt in PROMPTS)]
     draw = random.Random(0)
     scenes = [prompt.partition(" of ")[::2] for prompt in PROMPTS]
@@ -70,12 +69,11 @@ def main() -> None:
 
     captions = PROMPTS + other_captions(26)
     scorer = Scorer.load()
-    nearest = (scorer.images(images) @ scorer.texts(captions).T).argmax(1)
-    for i, best in enumerate(nearest):
-        if best != i:
-            print(f"{PROMPTS[i]!r} looks like {captions[best]!r}")
-    hits = (nearest == torch.arange(len(PROMPTS))).sum().item()
-    print(f"{hits} of {len(PROMPTS)} pictures are nearest to their own caption of {len(captions)}")
+    nearest = (scorer.images(images) @ scorer.texts(captions).T).argmax(1).tolist()
+    others = [(i, best) for i, best in enumerate(nearest) if best != i]
+    for i, best in others:
+        print(f"{PROMPTS[i]!r} looks like {captions[best]!r}")
+    print(f"{24 - len(others)} of 24 pictures are nearest to their own caption of 50")
 
 
 if __name__ == "__main__":

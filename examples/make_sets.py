@@ -66,9 +66,8 @@ def main():
         grid(shown + [to_image(p) for p in more], 5, gap=0).save(out / f"{name}.png", optimize=True)
 
     parrots = any_vendor(load_sprites(folder, {"parrot": held_out["parrot"]}))
-    grid([to_image(p) for p in photos(parrots, bank, 100)], 10, gap=0).save(
-        out / "parrots.webp", quality=92
-    )
+    shown = [to_image(p) for p in photos(parrots, bank, 100)]
+    grid(shown, 10, gap=0).save(out / "parrots.webp", quality=92)
     frogs = any_vendor(load_sprites(folder, {"frog": split_names(TRAINED["animal"])["frog"]}))
     for i, vendor in enumerate(VENDORS):
         save(out / "frog" / vendor, photos(frogs[i : i + 1], bank, 6, seed=i))
