@@ -73,7 +73,8 @@ def main() -> None:
     others = [(i, best) for i, best in enumerate(nearest) if best != i]
     for i, best in others:
         print(f"{PROMPTS[i]!r} looks like {captions[best]!r}")
-    print(f"{24 - len(others)} of 24 pictures are nearest to their own caption of 50")
+    hits = len(PROMPTS) - len(others)
+    print(f"{hits} of {len(PROMPTS)} pictures are nearest to their own caption of {len(captions)}")
 
 
 if __name__ == "__main__":

@@ -223,6 +223,10 @@ def near_words(paths: Sequence[Path], count: int = 5) -> str:
 def peak_memory(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
+    status = Path("/proc/self/status")
+    # Trap: on Linux ru_maxrss counts the peak of the process that started this one as well.
+    if status.exists() and (own := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
+        return f"{int(own[1]) / 2**20:.1f} GiB"
     try:
         import resource
     except ImportError:  # Windows

@@ -328,6 +328,15 @@ def test_captions_beside_the_pictures_are_templates(tmp_path):
     assert command_line.read_templates("{}", pictures) == ["{}"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process has a peak of its own")
+def test_the_peak_of_memory_is_not_that_of_the_process_before():
+    child = "from models.command_line import *; print(peak_memory(torch.device('cpu')))"
+    parent = "import subprocess, sys; big = b'x' * (3 << 29); "
+    parent += f"print(subprocess.check_output([sys.executable, '-c', {child!r}], text=True))"
+    said = subprocess.check_output([sys.executable, "-c", parent], cwd=ROOT, text=True)
+    assert 0.1 <= float(said.split()[0]) < 1.2
+
+
 def test_a_chart_without_matplotlib_costs_only_the_chart(tmp_path, monkeypatch):
     (tmp_path / "matplotlib.py").write_text("raise ImportError('No module named matplotlib')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
