@@ -8,7 +8,6 @@ from torch import Tensor
 
 import textinv
 from models.clip import MEAN, STD
-from models.latent_diffusion import SCALE_FACTOR
 
 
 def image_features(lab: Lab, pixels: Tensor) -> Tensor:
@@ -29,7 +28,7 @@ def clip_guided(lab: Lab, goal: Tensor, n: int, steps: int, scale: float) -> lis
         x = x.detach().requires_grad_(True)
         times = torch.full((n,), t, device=x.device)
         x_0, eps = schedule.x_0_and_eps(x, t, model.unet(x, times, uncond).float())
-        drawn = model.autoencoder.decode((x_0 / SCALE_FACTOR).to(model.dtype)).float()
+        drawn = model.autoencoder.decode((x_0 / model.scale_factor).to(model.dtype)).float()
         cosine = (image_features(lab, drawn) @ goal.to(x.device).T).mean(1).sum()
         slope = torch.autograd.grad(cosine, x)[0]
         a = schedule.a(t, x).to(x)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .autoencoder import Autoencoder, AutoencoderConfig
 from .bert import BertConfig, BertTextEncoder
 from .clip import CLIP, CLIPConfig, CLIPTextEncoder, TextConfig, VisionConfig
-from .latent_diffusion import SCALE_FACTOR, LatentDiffusion
+from .latent_diffusion import LatentDiffusion
 from .naming import (
     autoencoder_from_diffusers,
     count,
@@ -312,7 +312,7 @@ def from_diffusers(path: Path, family: str | None) -> Parts:
     by_width = isinstance(heads, list)
     kind = scheduler.get("prediction_type")
     usual = dict(beta_schedule="scaled_linear", num_train_timesteps=1000)
-    usual |= dict(scaling_factor=SCALE_FACTOR)
+    usual |= dict(scaling_factor=0.18215)
     for key, value in usual.items():
         told = (scheduler | autoencoder_settings).get(key, value)
         if told != value:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .latent_diffusion import SCALE_FACTOR, LatentDiffusion
+from .latent_diffusion import LatentDiffusion
 
 
 def working_size(size: tuple[int, int], side: int, unit: int) -> tuple[int, int]:
@@ -63,7 +63,7 @@ def reconstruct(
     decode = nn.Sequential(model.autoencoder.post_quant_conv, model.autoencoder.decoder)
     decode = copy.deepcopy(decode).float().requires_grad_(True)
     optimizer = torch.optim.Adam(decode.parameters(), lr=1e-4)
-    z = latents.float() / SCALE_FACTOR
+    z = latents.float() / model.scale_factor
     with torch.enable_grad():
         for _ in range(steps):
             picture = decode(z)

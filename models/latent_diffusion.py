@@ -21,10 +21,6 @@ from .schedule import Schedule
 from .tokenizers import Placeholders, Tokenizer, any_of
 from .unet import UNet
 
-# LDM and Stable Diffusion: makes the latents' variance about 1, which is what the noise schedule
-# takes for granted: at its end only noise of variance 1 shall be left.
-SCALE_FACTOR = 0.18215
-
 
 class TextEncoder(Protocol):
     """What `LatentDiffusion` asks of a text encoder, an nn.Module."""
@@ -46,6 +42,9 @@ class LatentDiffusion:
     family: str  # "ldm", "sd1" or "sd2"
     name: str = ""  # of the file or folder; "emoji" for the bundled model, an LDM
     size: int = 512  # side of the square pictures it was trained on, pixels
+    # Makes the variance of the latents about 1, as the noise schedule expects: at its end only
+    # noise of variance 1 is left. 0.18215 in LDM and Stable Diffusion 1 and 2.
+    scale_factor: float = 0.18215
     fingerprint: str = ""  # tells base models apart, in fp32 and in fp16
     stored: str = ""  # precision of its file: "float16"
     # What suits it, where that is not the paper's: steps, batch_size, lr, guidance_scale.
@@ -175,7 +174,7 @@ class LatentDiffusion:
         """Mean and standard deviation (B, C, h, w), scaled, float32, of images (B, 3, H, W) in
         [-1, 1]. mean + std * noise is a sample of the latents z ~ E(x)."""
         moments = self.autoencoder.encode(images.to(self.device, self.dtype))
-        mean, std = (m.float() * SCALE_FACTOR for m in moments)
+        mean, std = (m.float() * self.scale_factor for m in moments)
         return mean, std
 
     def encode_images(self, images: Tensor) -> Tensor:
@@ -185,7 +184,7 @@ class LatentDiffusion:
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1], float32, of scaled latents (B, C, h, w)."""
-        z = latents.to(self.device, torch.float32) / SCALE_FACTOR
+        z = latents.to(self.device, torch.float32) / self.scale_factor
         return self.autoencoder.decode(z.to(self.dtype)).float().clamp(-1, 1)
 
     # ------------------------------------------------------------------------------ guidance
