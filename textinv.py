@@ -1,76 +1,59 @@
-"""Textual Inversion: a new word for a thing, learnt from 3-5 pictures of it.
+"""Textual Inversion: learn a new word for a thing from 3-5 pictures of it.
 
 Gal et al., "An Image is Worth One Word: Personalizing Text-to-Image Generation using Textual
 Inversion", ICLR 2023 (arXiv:2208.01618). "The paper" below is this one.
 
-The text-to-image model stays as it is. A placeholder such as "<cat>" is given a vector v* of its
-own in the space of the token embeddings, and v* alone is trained, with the model's own loss
-(section 3, eq. 2):
+The text-to-image model stays as it is. A placeholder such as "<cat>" gets a vector v* of its own in
+the space of the token embeddings, and v* alone is trained, with the model's own loss (section 3,
+eq. 2):
 
     v* = argmin_v  E_{z ~ E(x), y, eps ~ N(0, 1), t}  || eps - eps_theta(z_t, t, c_theta(y, v)) ||^2
 
-`diffusion_loss` is the mean of it over batch and elements. (A model that was trained to predict
-velocity instead of eps is held to that; it has nothing to do with the word v.)
-
-This file reads from top to bottom as the method: templates (y), pictures (x), the word (v),
-training, sampling, measuring. What v* is looked up in: models/latent_diffusion.py, `embed`. The
-command line is models/command_line.py.
+This file reads from top to bottom as the method: templates (y), the word (v), the loss, training,
+sampling. v* is looked up in `embed` of models/latent_diffusion.py. Pictures (x) are prepared by
+models/images.py. Below the ruler is the command line: invert, sample, convert, show.
 """
 
+import argparse
+import hashlib
 import json
 import math
+import os
 import random
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
-from models.checkpoint import load_model
-from models.editing import latent_mask, reconstruct, shrinking_masks, working_size
-from models.embeddings import Concept, load_concept, load_concepts
-from models.evaluation import (
-    Scorer,
-    editability,
-    read_prompts,
-    reconstruction,
-    without_placeholder,
-)
+from models.checkpoint import FAMILIES, load_model
+from models.concepts import FORMATS, Concept, default_format, load_concept, load_concepts
+from models.files import free_png, free_target, out_of_memory, write_png
+from models.images import Images, NotFinite, find_images, grid, open_image, prepare_images, to_pil
 from models.latent_diffusion import LatentDiffusion
-from models.parallel import add_up, rank_and_world, shared_out
-from models.prompts import escape, without_weights
-from models.stopping import Watch
-from models.tokenizers import any_of
+from models.runs import Run
+from models.tokenizers import is_one_word, split_weights
 
-__all__ = [
-    "Concept",
-    "edit",
-    "evaluate",
-    "invert",
-    "load_concept",
-    "load_concepts",
-    "load_model",
-    "sample",
-    "train",
-]
+__all__ = ["Concept", "invert", "load_concept", "load_concepts", "load_model", "sample", "train"]
 
 # ------------------------------------------------------------------- y: the templates (appendix J)
 
 
-def listed(text: str) -> tuple[str, ...]:
-    """The entries of "one, two, ..." on any number of lines."""
+def entries(text: str) -> tuple[str, ...]:
+    """Return the entries of "one, two, ..." on any number of lines."""
     return tuple(" ".join(text.split()).split(", "))
 
 
-OBJECT_TEMPLATES = listed(
+OBJECT_TEMPLATES = entries(
     """
     a photo of a {}, a rendering of a {}, a cropped photo of the {}, the photo of a {}, a photo of
     a clean {}, a photo of a dirty {}, a dark photo of the {}, a photo of my {}, a photo of the
@@ -84,7 +67,7 @@ OBJECT_TEMPLATES = listed(
 # For styles the paper's code exchanges the noun and puts the word behind "in the style of".
 STYLE_TEMPLATES = tuple(
     f"{text} in the style of {{}}"
-    for text in listed(
+    for text in entries(
         """
         a painting, a rendering, a cropped painting, the painting, a clean painting, a dirty
         painting, a dark painting, a picture, a cool painting, a close-up painting, a bright
@@ -95,145 +78,24 @@ STYLE_TEMPLATES = tuple(
 )
 TEMPLATES = {"object": OBJECT_TEMPLATES, "style": STYLE_TEMPLATES}
 
-# The paper's (appendix F) are for LDM and serve Stable Diffusion too; the bundled model has its own
-# (models/emoji/config.json). The rate is multiplied by the batch size, as the paper does: 0.005 x
-# 2 GPUs x 4 pictures = 0.04; with one GPU's 4 it is 0.02. A scale of 7.5 is within the paper's
-# "typical scales (5-10)".
+# The paper's hyperparameters (appendix F) are for LDM and serve Stable Diffusion too; the bundled
+# model has its own (models/emoji/config.json). The rate is multiplied by the batch size, as in the
+# paper: 0.005 x 2 GPUs x 4 pictures = 0.04; one GPU's 4 pictures make 0.02. A guidance scale of 7.5
+# is within the paper's "typical scales (5-10)".
 PAPER = dict(steps=5000, batch_size=4, lr=0.005, guidance_scale=7.5)
 # The paper's High and Low (section 5.2) are 2e-2 and 1e-4 beside a base of 5e-3.
 RATES = {"base": 1.0, "high": 4.0, "low": 0.02}
 
-# ------------------------------------------------------------------------------ x: the pictures
-
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-Images = str | Path | Sequence[str | Path | Image.Image]
-
-
-def find_images(folder: str | Path) -> list[Path]:
-    """The picture files of a folder, sorted. Warns of every other file that it skips."""
-    folder = Path(folder)
-    if not folder.exists():
-        raise ValueError(f"{folder}: no such folder; give a folder with 3-5 pictures of one thing")
-    files = [folder] if folder.is_file() else sorted(p for p in folder.iterdir() if p.is_file())
-    pictures = [p for p in files if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
-    captions = {path.with_suffix(".txt") for path in pictures}
-    for path in files:
-        if path.suffix.lower() in (".heic", ".heif"):
-            warnings.warn(f"skipped {path}: HEIC is not read, save it as JPEG", stacklevel=2)
-        elif path not in pictures and path not in captions:
-            warnings.warn(f"skipped {path}: not a picture", stacklevel=2)
-    if not pictures:
-        kinds = ", ".join(sorted(SUFFIXES))
-        raise ValueError(f"{folder}: no pictures; 3-5 files of {kinds} are wanted")
-    return pictures
-
-
-def open_image(source: str | Path | Image.Image, behind: str = "white") -> Image.Image:
-    """An upright RGB picture: EXIF orientation applied, transparency composited on white or what
-    else is `behind`, of an animation the first frame."""
-    if isinstance(source, Image.Image):
-        image = source
-    else:
-        try:
-            image = Image.open(source)
-            image.load()
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{source}: not readable as a picture ({error})") from error
-    try:
-        image = ImageOps.exif_transpose(image)
-    except Exception as error:  # PIL raises whatever the damaged tags make it stumble over
-        warnings.warn(f"{source}: damaged EXIF ({error}), taken as it lies", stacklevel=2)
-    if image.mode == "F":
-        brightest = np.asarray(image).max()
-        image = image.point(lambda value: value * (255 if brightest <= 1 else 1))
-    if image.mode.startswith("I"):  # 16 bits a pixel; PIL would clip them to white
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, behind), image)
-    return image.convert("RGB")
-
-
-def prepare_images(images: Images, size: int) -> Tensor:
-    """Pictures as the model sees them, (N, 3, size, size) in [-1, 1]: the largest square in the
-    middle, cropped and never stretched. Warns of pictures that are smaller than that."""
-    if isinstance(images, (str, Path)):
-        images = find_images(images)
-    if not images:
-        raise ValueError("no pictures given; 3-5 pictures of one thing are wanted")
-    fitted = []
-    for i, source in enumerate(images):
-        image = open_image(source)
-        if min(image.size) < size:
-            name = f"picture {i + 1}" if isinstance(source, Image.Image) else source
-            width, height = image.size
-            warnings.warn(f"{name} has {width}x{height} pixels, enlarged for {size}", stacklevel=2)
-        fitted.append(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
-    return torch.cat([to_tensor(image) for image in fitted])
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """(1, C, H, W) in [-1, 1] of an RGB or a grey picture."""
-    pixels = torch.from_numpy(np.array(image)).reshape(image.height, image.width, -1)
-    return pixels.permute(2, 0, 1)[None].float() / 127.5 - 1
-
-
-def to_pil(images: Tensor) -> list[Image.Image]:
-    """Pictures (N, 3, H, W) in [-1, 1] as PIL images."""
-    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(p) for p in pixels]
-
-
-def grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2) -> Image.Image:
-    """One picture of many, row by row."""
-    columns = columns or math.ceil(len(images) ** 0.5)
-    w, h = images[0].width + gap, images[0].height + gap
-    rows = math.ceil(len(images) / columns)
-    sheet = Image.new("RGB", (columns * w - gap, rows * h - gap), "white")
-    for i, image in enumerate(images):
-        sheet.paste(image, (i % columns * w, i // columns * h))
-    return sheet
-
-
-# ----------------------------------------------------------------------------- v*: the new word
-
-
-# `Concept` is what stands for it in prompts and its vectors (V, D), the only thing that is trained:
-# models/embeddings.py, which reads and writes the files of many programs.
-
-
-def is_one_word(placeholder: str) -> bool:
-    """Neither empty nor with a space in it."""
-    return bool(placeholder) and not any(c.isspace() for c in placeholder)
-
-
-def check_placeholder(model: LatentDiffusion, placeholder: str) -> None:
-    """Raises ValueError for a name that is not one word, or that the model knows already."""
-    fault = None
-    if not is_one_word(placeholder):
-        fault = "is empty or has a space in it"
-    elif placeholder.isalnum() and len(known_ids(model, placeholder)) == 1:
-        fault = "is an ordinary word of this model"
-    if fault:
-        raise ValueError(
-            f"placeholder {placeholder!r} {fault}; use one like <cat> (--placeholder '<cat>', or "
-            "--rename FILE='<cat>' for a finished word)"
-        )
-
-
-def known_ids(model: LatentDiffusion, text: str) -> list[int]:
-    """The text's tokens but for those that stand for "unknown"."""
-    unknown = getattr(model.tokenizer, "unknown_id", None)  # CLIP's tokenizer knows every byte
-    return [i for i in model.tokenizer.token_ids(text) if i != unknown]
+# ------------------------------------------------- v*: the new word, a Concept (models/concepts.py)
 
 
 def initial_vectors(model: LatentDiffusion, init_word: str, count: int) -> Tensor:
-    """(count, D) vectors of a coarse description ("cat", appendix F), any phrase.
+    """Return the vectors (count, D) of a coarse description ("cat", appendix F), any phrase.
 
     A phrase of more tokens than `count` is averaged in `count` consecutive groups; one of fewer
-    is repeated from its beginning.
+    is repeated from its beginning. Raises ValueError if the model knows no token of it.
     """
-    ids = known_ids(model, init_word)
+    ids = model.known_ids(init_word)
     if not ids:
         raise ValueError(
             f"init word {init_word!r} has no tokens that this model knows; use a coarse word such "
@@ -245,144 +107,124 @@ def initial_vectors(model: LatentDiffusion, init_word: str, count: int) -> Tenso
     return vectors[torch.arange(count) % len(ids)]
 
 
-# -------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------------------ the loss
 
 
 def draw_batch(
     model: LatentDiffusion, mean: Tensor, std: Tensor, count: int, generator: torch.Generator
 ) -> tuple[list[int], Tensor, Tensor, Tensor]:
-    """What the expectation of eq. 2 runs over, for a batch of `count` = B: numbers of pictures, as
-    they stand in the latents' moments (N, C, h, w); their latents z ~ E(x) (B, C, h, w); timesteps
-    (B,), all alike likely, on the CPU; and eps, noise like z."""
+    """Draw one training batch of `count` = B from the moments (N, C, h, w) of N pictures.
+
+    Returns the pictures' numbers, latents z ~ E(x) (B, C, h, w), uniform timesteps (B,) on the CPU,
+    and noise eps like z.
+    """
     rows = torch.randint(len(mean), (count,), generator=generator)
     z = mean[rows] + std[rows] * normal(mean[rows], generator)
     t = torch.randint(model.schedule.length, (count,), generator=generator)
     return rows.tolist(), z, t, normal(z, generator)
 
 
+def normal(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Return standard normal noise, drawn on the CPU so that a seed means the same everywhere."""
+    return torch.randn(like.shape, generator=generator).to(like.device)
+
+
 def diffusion_loss(
     model: LatentDiffusion, latents: Tensor, context: Tensor, t: Tensor, noise: Tensor
 ) -> Tensor:
-    """The error that the paper's eq. 1 and 2 take the expectation of, a scalar: the mean square of
-    what the model predicts of latents (B, C, h, w), noised with `noise` to timesteps t (B,), given
-    the context (B, L, D), less what it should: eps, or velocity where model.schedule says so. t
-    lies on the CPU, like the schedule."""
+    """Return the mean squared error between the prediction and its target (eq. 1 and 2), a scalar.
+
+    latents and noise (B, C, h, w), t (B,) on the CPU, context (B, L, D). The target is eps, or
+    velocity for models that were trained to predict it; that has nothing to do with the word v.
+    """
     x_t = model.schedule.q_sample(latents, t, noise)
     prediction = model.unet(x_t, t.to(x_t.device), context).float()
     return F.mse_loss(prediction, model.schedule.target(latents, t, noise))
 
 
-@dataclass
-class Lesson:
-    """What the steps of a training draw their batches from: words, prompts and pictures, by
-    `prepare` below."""
+# -------------------------------------------------------------------------------------- training
 
-    model: LatentDiffusion
-    words: list[Concept]  # the word that is learnt, and those of single pictures
-    texts: list[list[str]]  # each picture's templates
-    picture: list[int]  # which picture each of the latents is of
-    mean: Tensor  # and std: moments of the latents (N, C, h, w)
-    std: Tensor
-    batch_size: int
-    seed: int
-
-    def draw(self, step: int) -> tuple[list[str], Tensor, Tensor, Tensor]:
-        """A batch's prompts, latents, timesteps and noise: the same for the same seed and step."""
-        draw, generator = draws_of_step(self.seed, step)
-        rows, *batch = draw_batch(self.model, self.mean, self.std, self.batch_size, generator)
-        shown = [self.picture[i] for i in rows]
-        return [prompt_for(draw.choice(self.texts[i]), self.words, i) for i in shown], *batch
-
-    def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Eq. 2 on this process's share of a step's batch, to be added up over the processes; and
-        what it was computed from, for `check_finite`."""
-        rank, world = rank_and_world()
-        prompts, *batch = self.draw(step)
-        latents, t, noise = (part[rank::world] for part in batch)
-        context = self.model.encode_text(prompts[rank::world], self.words)
-        loss = diffusion_loss(self.model, latents, context, t, noise) * (len(t) / self.batch_size)
-        return loss, dict(autoencoder=latents, text_encoder=context, UNet=loss.detach().clone())
-
-    @torch.no_grad()
-    def fixed_loss(self) -> float:
-        """Eq. 2 on batches that are always the same and that no step of training draws, of eight
-        pictures or more in all."""
-        steps = range(0, -8, -self.batch_size)
-        loss = torch.stack([self.loss(step)[0] for step in steps]).mean()
-        add_up([loss])
-        return loss.item()
+STOPS = ("never", "auto")
+# Early stopping (Voronov et al. 2023, "Is This Loss Informative?", arXiv:2302.04841): the loss of a
+# new batch depends on its timesteps more than on the word, so every STOP_EVERY steps it is measured
+# on the same batches. Training has converged when the variance of the last STOP_WINDOW values is
+# below STOP_SHARE of that of all. (The paper: every step, 310 of them, 0.15.)
+STOP_EVERY, STOP_WINDOW, STOP_SHARE = 10, 10, 0.05
 
 
 @dataclass
 class State:
-    """Where training stands after a step. Its vectors are the ones in training: clone what is to
-    outlast the next step.
+    """Where training stands after a step. Its vectors are those in training: clone what you keep.
 
-    `loss` is that of eq. 2 on the step's batch. `concept` has the vectors in use so far (all of
-    them unless progressive), `image_words` are empty unless asked for. `watch` is None unless
-    training stops by itself.
+    `loss` is eq. 2 on the step's batch. `concept` has the vectors in use so far (all of them unless
+    progressive). `fixed_losses`, and `best`, the vectors with the lowest, are for early stopping.
     """
 
     step: int
+    steps: int  # the last step
     loss: Tensor
     concept: Concept
-    image_words: list[Concept]
+    image_words: list[Concept]  # one word per picture, if asked for
     parameters: list[Tensor]
     optimizer: torch.optim.AdamW
-    watch: Watch | None = None
+    start: Tensor  # the vectors before the first step
+    fixed_loss: float | None = None  # the last of these, in a step that measured it
+    fixed_losses: list[float] = field(default_factory=list)
+    best: list[Tensor] = field(default_factory=list)
 
-    def over(self, steps: int) -> bool:
-        """Whether this was the last of so many steps, or has made the word steady."""
-        return self.step >= steps or bool(self.watch and self.watch.steady())
+    @property
+    def over(self) -> bool:
+        """True after the last step, or once training has converged."""
+        return self.step >= self.steps or converged(self.fixed_losses)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that the next step depends on beside the arguments, for `train(resume=...)`."""
+        """Return all that the next step depends on besides the arguments of `train`."""
         tensors = {"step": torch.tensor(self.step)}
         for i, vectors in enumerate(self.parameters):
             tensors[f"{i}.vectors"] = vectors.detach()
             for moment in ("exp_avg", "exp_avg_sq"):
                 tensors[f"{i}.{moment}"] = self.optimizer.state[vectors][moment]
-        tensors |= self.watch.tensors() if self.watch else {}
+        if self.fixed_losses:
+            tensors["losses"] = torch.tensor(self.fixed_losses, dtype=torch.float64)
+            tensors |= {f"best.{i:04d}": vectors for i, vectors in enumerate(self.best)}
         return {key: tensor.cpu().clone() for key, tensor in tensors.items()}
 
+    def restore(self, saved: Mapping[str, Tensor]) -> None:
+        """Put what `tensors` returned back in place. Raises ValueError for other vectors."""
+        self.step = int(saved["step"])
+        for i, vectors in enumerate(self.parameters):
+            kept = [saved.get(f"{i}.{kind}") for kind in ("vectors", "exp_avg", "exp_avg_sq")]
+            if any(tensor is None or tensor.shape != vectors.shape for tensor in kept):
+                raise ValueError("the state to resume from is of other vectors than are trained")
+            value, mean, square = (tensor.to(vectors, copy=True) for tensor in kept)
+            vectors.data.copy_(value)
+            moments = dict(step=torch.tensor(float(self.step)), exp_avg=mean, exp_avg_sq=square)
+            self.optimizer.state[vectors] = moments
+        self.fixed_losses = saved["losses"].tolist() if "losses" in saved else []
+        self.best = [saved[key] for key in sorted(saved) if key.startswith("best.")]
 
-def restore(state: State, saved: Mapping) -> None:
-    """Put what `State.tensors` returned back where it was."""
-    for i, vectors in enumerate(state.parameters):
-        names = [f"{i}.{kind}" for kind in ("vectors", "exp_avg", "exp_avg_sq")]
-        if any(n not in saved or saved[n].shape != vectors.shape for n in names):
-            raise ValueError("the state to resume from is of other vectors than are trained here")
-        value, *moments = (saved[n].to(vectors, copy=True) for n in names)
-        vectors.data.copy_(value)
-        step = torch.tensor(float(saved["step"]))
-        state.optimizer.state[vectors] = dict(step=step, exp_avg=moments[0], exp_avg_sq=moments[1])
-    state.watch = Watch.of(saved) if state.watch else None
-    state.step = int(saved["step"])
-
-
-class NotFinite(ValueError):
-    """NaN or infinity: of a training step (the word is left as it was before it), of the
-    autoencoder, or in sampled pictures."""
-
-
-def check_finite(step: int, gradients: Sequence[Tensor], **parts: Tensor) -> None:
-    """Raises NotFinite with the name of the part that gave the first NaN or infinity, if the
-    gradients hold one: whatever goes wrong on the way ends there."""
-    if not all(gradient.isfinite().all() for gradient in gradients):
-        broken = (name for name, tensor in parts.items() if not tensor.isfinite().all())
-        part = next(broken, "gradient").replace("_", " ")
-        raise NotFinite(
-            f"step {step}: the {part} gave NaN or infinity; the word is left as it was before that "
-            "step; begin anew with another --out and --precision bf16 or fp32, or a lower --lr"
-        )
+    @torch.no_grad()
+    def note(self, fixed_loss: float) -> None:
+        """Record a loss for early stopping; once training has converged, take the best vectors."""
+        self.fixed_loss = fixed_loss
+        self.fixed_losses.append(fixed_loss)
+        if fixed_loss == min(self.fixed_losses):
+            self.best = [vectors.clone() for vectors in self.parameters]
+        if converged(self.fixed_losses):
+            for vectors, best in zip(self.parameters, self.best):
+                vectors.copy_(best)
 
 
-STOPS = ("never", "auto")
+def converged(losses: Sequence[float]) -> bool:
+    """Return True if the last losses vary little beside all of them (early stopping)."""
+    losses = torch.tensor(losses, dtype=torch.float64)
+    enough = len(losses) >= STOP_WINDOW
+    return enough and bool(losses[-STOP_WINDOW:].var() < STOP_SHARE * losses.var())
 
 
 def train(
     model: LatentDiffusion,
-    images: Images,
+    images: Images | Tensor,
     init_word: str,
     placeholder: str = "<s>",
     vectors: int = 1,
@@ -399,37 +241,139 @@ def train(
     gradient_checkpointing: bool = False,
     seed: int = 0,
     resume: Mapping[str, Tensor] | None = None,
+    share: slice = slice(None),
+    on_gradients: Callable[[Tensor, list[Tensor]], None] | None = None,
 ) -> Iterator[State]:
-    """Textual inversion (section 3, eq. 2): an iterator with a `State` after each step.
+    """Learn a word by textual inversion (section 3, eq. 2); yield a `State` after each step.
 
-    images: a folder, paths or PIL images, 3-5 of one thing. init_word: a coarse description whose
-    embedding the word starts from. placeholder: what the word is called in prompts, any string
-    without spaces. vectors: how many it has. steps, batch_size and lr default to the paper's (5000,
-    4, 0.005) or to what suits the bundled model; the optimizer's rate is lr * batch_size (appendix
-    F), and lr may be "base", "high" or "low". templates: prompts with {} for the word, one drawn
-    anew for each picture of each step; or such a list for each picture. flip: mirror half of the
-    pictures; switch it off for things with writing on them. weight_decay: the paper's code leaves
-    AdamW's default of 0.01 on, which pulls v* towards 0; here it is off unless asked for.
-    stop: "auto" ends before the last step once the word is steady (models/stopping.py), with the
-    best of its vectors; every tenth step costs eight pictures more without a gradient.
-    gradient_checkpointing: less memory, more time.
+    images: a folder, paths or PIL images, 3-5 of one thing; or what `prepare_images` returns.
+    init_word: a coarse description, whose embedding the word starts from. placeholder: the word's
+    name in prompts, any string without spaces. vectors: how many it has. steps, batch_size, lr: by
+    default the paper's (5000, 4, 0.005), or what suits the bundled model; the optimizer's rate is
+    lr * batch_size (appendix F), and lr may be "base", "high" or "low". templates: prompts with {}
+    for the word, one is drawn for each picture of each step; or one such list per picture. flip:
+    mirror half of the pictures; switch it off for things with writing on them. weight_decay: the
+    paper's code leaves AdamW's default of 0.01 on, which pulls v* towards 0; here it is off.
+    stop: "auto" stops once training has converged, with the best vectors; every tenth step costs
+    eight pictures more without a gradient. gradient_checkpointing: less memory, slower.
 
-    The setups of section 5.2: regularize: weight of the squared distance of each vector from where
-    it started (the paper's code mixes the vectors: it multiplies every difference with every
-    other). progressive, with three vectors: the second joins after 2/5 of the steps, the third
-    after 4/5 (the paper: 2000 and 4000 of 5000); AdamW knows them all along, so that weight decay
-    works on them before, and their first updates are larger than others'. per_image:
-    also learn a word for each picture, to hold what only that picture shows; the prompts end "with"
-    it.
+    The setups of section 5.2. regularize: weight of the squared distance of each vector from where
+    it started (the paper's code multiplies every difference with every other). progressive, with
+    three vectors: the second joins after 2/5 of the steps, the third after 4/5 (2000 and 4000 of
+    5000 in the paper); AdamW has them from the start, so weight decay acts on them earlier.
+    per_image: also learn a word for each picture, to hold what only that picture shows; the
+    prompts end with "with" and that word.
 
-    resume: the `tensors` of a State; steps are counted from the very beginning. The same seed
-    gives the same word, to the last bit, resumed or not, on the same machine and precision.
+    resume: the `tensors` of a State; steps are counted from the very beginning. The same seed gives
+    the same bits, resumed or not, on one machine with one number of threads and one precision.
+    share, on_gradients: for examples/several_gpus.py. `share` selects the rows of each batch that
+    this process computes; `on_gradients(loss, gradients)` adds up both over the processes.
 
-    Under torchrun each process takes its share of every batch (models/parallel.py). Nothing but the
-    vectors gets a gradient. Raises ValueError for pictures, words and numbers that cannot be used,
-    and NotFinite where a step gives NaN or infinity.
+    Raises ValueError for pictures, words and numbers that cannot be used, and NotFinite where a
+    step gives NaN or infinity; the word is then left as it was before that step.
     """
     steps, batch_size, lr = hyperparameters(model, steps, batch_size, lr)
+    check_setup(vectors, weight_decay, regularize, progressive, stop, seed)
+    model.check_placeholder(placeholder)
+    start = initial_vectors(model, init_word, vectors)
+    pixels = images if isinstance(images, Tensor) else prepare_images(images, model.size)
+    texts = templates_by_picture(templates, len(pixels))
+    metadata = dict(init_word=init_word, steps=0, lr=lr, batch_size=batch_size, seed=seed)
+    metadata |= dict(base_model=model.name, base_model_hash=model.fingerprint)
+    metadata |= dict(templates=json.dumps(list(dict.fromkeys(sum(texts, [])))))
+    word = Concept(placeholder, start.clone(), {k: str(v) for k, v in metadata.items()})
+    image_words = start_image_words(model, placeholder, len(pixels)) if per_image else []
+    check_prompts(model, texts, [word, *image_words])
+    mean, std, picture = training_set(model, pixels, flip)
+
+    def loss_of(step: int, words: list[Concept]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return eq. 2 on the step's batch, the regularization, and what the loss was computed
+        from. All random numbers of a step follow from the seed and its number."""
+        draw = random.Random(f"{seed} {step}")
+        generator = torch.Generator().manual_seed(draw.getrandbits(32))
+        rows, *batch = draw_batch(model, mean, std, batch_size, generator)
+        shown = [picture[i] for i in rows]
+        prompts = [fill_template(draw.choice(texts[i]), words, i) for i in shown][share]
+        latents, t, noise = (part[share] for part in batch)
+        context = model.encode_text(prompts, words)
+        model.unet.gradient_checkpointing = gradient_checkpointing
+        loss = diffusion_loss(model, latents, context, t, noise)
+        model.unet.gradient_checkpointing = False
+        penalty = regularize * ((word.vectors - start) ** 2).sum()
+        part = len(t) / batch_size  # 1 unless several processes share the batch
+        parts = dict(autoencoder=latents, text_encoder=context, UNet=loss)
+        return loss * part, penalty * part, parts
+
+    @torch.no_grad()
+    def fixed_loss(words: list[Concept]) -> Tensor:
+        """Return eq. 2 on batches that no step draws, of eight pictures or more in all."""
+        return torch.stack([loss_of(s, words)[0] for s in range(0, -8, -batch_size)]).mean()
+
+    parameters = [w.vectors.requires_grad_() for w in (word, *image_words)]
+    optimizer = torch.optim.AdamW(parameters, lr=lr * batch_size, weight_decay=weight_decay)
+    state = State(0, steps, torch.tensor(0.0), word, image_words, parameters, optimizer, start)
+    if resume:
+        state.restore(resume)
+    if state.over:
+        raise ValueError(f"the run is over after {state.step} steps; ask for more, or start over")
+    scale = 2.0**12 if model.dtype == torch.float16 else 1.0
+    fixed_loss = fixed_loss if stop == "auto" else None
+    return training(state, loss_of, fixed_loss, progressive, scale, on_gradients)
+
+
+def training(state: State, loss_of, fixed_loss, progressive, scale, on_gradients):
+    """Yield the state after each remaining step of `train`, whose closures and options these are.
+
+    Trap: in fp16 the gradient of the loss, which is divided by the number of latents, is too small
+    and becomes 0, so the loss is multiplied by `scale`.
+    """
+    parameters, word = state.parameters, state.concept
+    for step in range(state.step + 1, state.steps + 1):
+        words = [word, *state.image_words]
+        if progressive:  # the second vector joins after 2/5 of the steps, the third after 4/5
+            used = 1 + (step - 1) * 5 // (2 * state.steps)
+            words[0] = replace(word, vectors=word.vectors[:used])
+        loss, penalty, parts = loss_of(step, words)
+        state.optimizer.zero_grad()
+        ((loss + penalty) * scale).backward()
+        gradients = [vectors.grad.div_(scale) for vectors in parameters]
+        loss = loss.detach()
+        if on_gradients:
+            on_gradients(loss, gradients)
+        check_finite(step, gradients, parts)
+        state.optimizer.step()
+        word.metadata["steps"] = str(step)
+        state = replace(state, step=step, loss=loss, concept=words[0], fixed_loss=None)
+        if fixed_loss and step % STOP_EVERY == 0:
+            fixed = fixed_loss(words)
+            if on_gradients:
+                on_gradients(fixed, [])
+            state.note(fixed.item())
+        yield state
+        if state.over:
+            return
+
+
+def check_finite(step: int, gradients: Sequence[Tensor], parts: Mapping[str, Tensor]) -> None:
+    """Raise NotFinite that names the first part with NaN or infinity, if a gradient has any:
+    whatever goes wrong on the way ends there."""
+    if not all(gradient.isfinite().all() for gradient in gradients):
+        broken = (name for name, tensor in parts.items() if not tensor.isfinite().all())
+        part = next(broken, "gradient").replace("_", " ")
+        raise NotFinite(
+            f"step {step}: the {part} gave NaN or infinity; the word is left as it was before that "
+            "step; start over with another --out and --precision bf16 or fp32, or a lower --lr"
+        )
+
+
+def check_range(least: float, **numbers: float) -> None:
+    """Raise ValueError for a number below `least`, for NaN and for infinity."""
+    for name, number in numbers.items():
+        if not least <= number < 2**53:  # NaN is refused too
+            raise ValueError(f"{name} is {number}; it must be at least {least:g}, and finite")
+
+
+def check_setup(vectors, weight_decay, regularize, progressive, stop, seed) -> None:
     check_range(1, vectors=vectors)
     check_range(0, weight_decay=weight_decay, regularize=regularize, seed=seed)
     if stop not in STOPS:
@@ -438,78 +382,10 @@ def train(
         raise ValueError(
             f"progressive training ends with 3 vectors, not with {vectors}, and not by stop 'auto'"
         )
-    world = rank_and_world()[1]
-    if world > batch_size:
-        raise ValueError(f"a batch of {batch_size} is too small to split among {world} processes")
-
-    start = initial_vectors(model, init_word, vectors)
-    metadata = dict(init_word=init_word, steps=0, lr=lr, batch_size=batch_size, seed=seed)
-    metadata |= dict(base_model=model.name, base_model_hash=model.fingerprint)
-    word = Concept(placeholder, start.clone(), {k: str(v) for k, v in metadata.items()})
-    lesson = prepare(model, word, images, templates, flip, per_image, batch_size, seed)
-    parameters = [w.vectors.requires_grad_() for w in lesson.words]
-    optimizer = torch.optim.AdamW(parameters, lr=lr * batch_size, weight_decay=weight_decay)
-    watch = Watch() if stop == "auto" else None
-    state = State(0, torch.tensor(0.0), word, lesson.words[1:], parameters, optimizer, watch)
-    if resume:
-        restore(state, resume)
-    if state.over(steps):
-        raise ValueError(f"the run is over after {state.step} steps; ask for more, or begin anew")
-
-    def penalty() -> Tensor:
-        return regularize * ((parameters[0] - start) ** 2).sum()
-
-    states = training(state, lesson, steps, penalty, progressive)
-    return checkpointed(model, states) if gradient_checkpointing else states
-
-
-def training(
-    state: State, lesson: Lesson, steps: int, penalty: Callable[[], Tensor], progressive: bool
-) -> Iterator[State]:
-    """The steps of `train`, from behind the state's on."""
-    word, parameters, world = state.concept, state.parameters, rank_and_world()[1]
-    # Trap: in fp16 the loss's gradient, which is divided by the number of latents, is lost as too
-    # small.
-    scale = 2.0**12 if lesson.model.dtype == torch.float16 else 1.0
-    for step in range(state.step + 1, steps + 1):
-        if progressive:
-            used = 1 + (step - 1) * 5 // (2 * steps)
-            lesson.words[0] = replace(word, vectors=parameters[0][:used])
-        loss, parts = lesson.loss(step)
-        state.optimizer.zero_grad()
-        ((loss + penalty() / world) * scale).backward()
-        gradients = [vectors.grad.div_(scale) for vectors in parameters]
-        loss = loss.detach()
-        add_up([loss, *gradients])
-        check_finite(step, gradients, **parts)
-        state.optimizer.step()
-        word.metadata["steps"] = str(step)
-        if state.watch and step % Watch.EVERY == 0:
-            state.watch.look(lesson.fixed_loss(), parameters)
-        state = replace(state, step=step, loss=loss, concept=lesson.words[0])
-        yield state
-        if state.over(steps):
-            return
-
-
-def checkpointed(model: LatentDiffusion, states: Iterator[State]) -> Iterator[State]:
-    """The states, reached with gradient checkpointing, which is off again when they end."""
-    model.unet.gradient_checkpointing = True
-    try:
-        yield from states
-    finally:
-        model.unet.gradient_checkpointing = False
-
-
-def check_range(least: float, **numbers: float) -> None:
-    for name, number in numbers.items():
-        if not least <= number < 2**53:  # NaN is refused too
-            fault = "is too large" if number >= 2**53 else f"must be at least {least:g}"
-            raise ValueError(f"{name} is {number}; it {fault}")
 
 
 def hyperparameters(model: LatentDiffusion, steps, batch_size, lr) -> tuple[int, int, float]:
-    """What was asked for, else the paper's or the bundled model's."""
+    """Return steps, batch size and learning rate: those given, else the model's or the paper's."""
     defaults = PAPER | model.defaults
     if isinstance(lr, str):
         if lr not in RATES:
@@ -522,8 +398,8 @@ def hyperparameters(model: LatentDiffusion, steps, batch_size, lr) -> tuple[int,
     return chosen["steps"], chosen["batch_size"], chosen["lr"]
 
 
-def texts_by_picture(templates, pictures: int) -> list[list[str]]:
-    """The templates of each picture, checked."""
+def templates_by_picture(templates, pictures: int) -> list[list[str]]:
+    """Return the list of templates of each picture. Raises ValueError for one without {}."""
     shared = not templates or isinstance(templates[0], str)
     texts = [list(templates)] * pictures if shared else [list(t) for t in templates]
     if len(texts) != pictures:
@@ -533,15 +409,24 @@ def texts_by_picture(templates, pictures: int) -> list[list[str]]:
     return texts
 
 
-def check_prompts(model: LatentDiffusion, prompts: Sequence[str], words: Sequence[Concept]) -> None:
-    """Every training prompt must show the word to the text encoder, or there is nothing to learn:
-    in "my-cats" there is no my-cat, and the end of a long prompt is cut off."""
+def fill_template(template: str, words: Sequence[Concept], picture: int) -> str:
+    """Return the prompt for a picture: the word in its place, then the picture's own word if the
+    setup has any."""
+    prompt = template.replace("{}", words[0].placeholder)
+    return f"{prompt} with {words[1 + picture].placeholder}" if words[1:] else prompt
+
+
+def check_prompts(model: LatentDiffusion, texts: list[list[str]], words: list[Concept]) -> None:
+    """Raise ValueError for a training prompt whose word the text encoder does not read.
+
+    "my-cats" does not contain the word my-cat, and the end of a long prompt is cut off.
+    """
     placeholders, word = model.placeholders(words), words[0].placeholder
-    warn_of_cuts(
-        model, {text: len(model.tokenizer.token_ids(text, placeholders)) for text in prompts}
-    )
-    for prompt in dict.fromkeys(prompts):
-        if not set(placeholders[word]) <= set(model.tokenizer.encode(prompt, placeholders)):
+    prompts = [fill_template(text, words, -2) for text in dict.fromkeys(sum(texts, []))]
+    for prompt in prompts:
+        ids = model.tokenizer.token_ids(prompt, placeholders)
+        model.warn_if_cut(prompt, len(ids))
+        if not set(placeholders[word]) <= set(model.tokenizer.frame(ids)):
             raise ValueError(
                 f"{word} is not read in {prompt!r}: it touches other letters, or its vectors do "
                 f"not fit into {model.tokenizer.max_length - 2} tokens; use a name like <cat>, "
@@ -549,74 +434,29 @@ def check_prompts(model: LatentDiffusion, prompts: Sequence[str], words: Sequenc
             )
 
 
-def prompt_for(template: str, words: Sequence[Concept], picture: int) -> str:
-    """The prompt for a picture: the word in its place, then the picture's own word, if any."""
-    prompt = template.replace("{}", words[0].placeholder)
-    return f"{prompt} with {words[1:][picture].placeholder}" if len(words) > 1 else prompt
-
-
-def prepare(
-    model: LatentDiffusion,
-    word: Concept,
-    images: Images,
-    templates: Sequence[str] | Sequence[Sequence[str]],
-    flip: bool,
-    per_image: bool,
-    batch_size: int,
-    seed: int,
-) -> Lesson:
-    """The checked word, pictures and prompts, the pictures encoded."""
-    check_placeholder(model, word.placeholder)
-    pixels = prepare_images(images, model.size)
-    texts = texts_by_picture(templates, len(pixels))
-    word.metadata["templates"] = json.dumps(list(dict.fromkeys(sum(texts, []))))
-    image_words = first_image_words(model, word.placeholder, len(pixels)) if per_image else []
-    words = [word, *image_words]
-    check_prompts(model, [prompt_for(text, words, -1) for own in texts for text in own], words)
-    seen, picture = views(pixels, flip)
-    moments = latent_moments(model, seen)
-    return Lesson(model, words, texts, picture, *moments, batch_size, seed)
-
-
-def views(pixels: Tensor, flip: bool) -> tuple[Tensor, list[int]]:
-    """What training sees of the pictures (N, 3, H, W): (M, 3, H, W), each picture plain and, with
-    `flip`, mirrored; and for each of these which picture it is of. Augmentation belongs here."""
-    kinds = [pixels, pixels.flip(-1)] if flip else [pixels]
-    return torch.cat(kinds), [*range(len(pixels))] * len(kinds)
-
-
-def latent_moments(model: LatentDiffusion, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation (N, C, h, w) of the latents of pixels (N, 3, H, W).
-
-    The autoencoder runs once; z ~ E(x) is drawn anew from these moments in every step.
-    """
-    moments = [model.encode_moments(image[None]) for image in pixels]
-    mean, std = (torch.cat(parts) for parts in zip(*moments))
-    if not (mean.isfinite().all() and std.isfinite().all()):
-        raise NotFinite("the autoencoder gave NaN or infinity; try --precision bf16 or fp32")
-    return mean, std
-
-
-def first_image_words(model: LatentDiffusion, placeholder: str, count: int) -> list[Concept]:
-    """<s>-1, <s>-2, ...: a word of one vector for each picture, all at the mean of the table,
-    where they mean nothing in particular."""
+def start_image_words(model: LatentDiffusion, placeholder: str, count: int) -> list[Concept]:
+    """Return <s>-1, <s>-2, ...: a word of one vector for each picture. All start at the mean of the
+    table, where they mean nothing in particular."""
     mean = model.text_encoder.token_table.float().mean(0, keepdim=True)
     return [Concept(f"{placeholder}-{i + 1}", mean.clone()) for i in range(count)]
 
 
-def draws_of_step(seed: int, step: int) -> tuple[random.Random, torch.Generator]:
-    """The random numbers of one step follow from its number, so that no state need be kept."""
-    draw = random.Random(f"{seed} {step}")
-    return draw, torch.Generator().manual_seed(draw.getrandbits(32))
+def training_set(model: LatentDiffusion, pixels: Tensor, flip: bool) -> tuple:
+    """Return mean and standard deviation (M, C, h, w) of the latents of pixels (N, 3, H, W), each
+    picture plain and, with `flip`, mirrored; and a list of which picture each of the M shows.
 
-
-def normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard normal noise, drawn on the CPU so that a seed means the same on every device."""
-    return torch.randn(like.shape, generator=generator).to(like.device)
+    The autoencoder runs once per view; each step samples z ~ E(x) from these moments anew.
+    """
+    views = [pixels, pixels.flip(-1)] if flip else [pixels]
+    moments = [model.encode_moments(image[None]) for image in torch.cat(views)]
+    mean, std = (torch.cat(parts) for parts in zip(*moments))
+    if not (mean.isfinite().all() and std.isfinite().all()):
+        raise NotFinite("the autoencoder gave NaN or infinity; try --precision bf16 or fp32")
+    return mean, std, [*range(len(pixels))] * len(views)
 
 
 def invert(model: LatentDiffusion, images: Images, init_word: str, **options) -> Concept:
-    """The learnt word of `train` after its last step; same arguments."""
+    """Return the learnt word after the last step of `train`; same arguments."""
     for state in train(model, images, init_word, **options):
         pass
     return replace(state.concept, vectors=state.concept.vectors.detach())
@@ -625,69 +465,13 @@ def invert(model: LatentDiffusion, images: Images, init_word: str, **options) ->
 # -------------------------------------------------------------------------------------- sampling
 
 
-WIDTHS = {768: "a Stable Diffusion 1", 1024: "a Stable Diffusion 2", 1280: "LDM text2img-large"}
-
-
-def check_concepts(model: LatentDiffusion, concepts: Sequence[Concept]) -> None:
-    """Raises ValueError for words of another model's width, and for names that are no good."""
-    width = model.text_encoder.token_table.shape[1]
-    seen = set()
-    for concept in concepts:
-        if concept.vectors.shape[1] != width:
-            own = concept.vectors.shape[1]
-            base = concept.metadata.get("base_model") or WIDTHS.get(own, "unknown")
-            raise ValueError(
-                f"{concept.placeholder} has vectors {own} wide, this model's words are {width} "
-                f"wide; it was learnt with another model ({base}), so give that with --model"
-            )
-        if concept.placeholder in seen:
-            raise ValueError(
-                f"two words are called {concept.placeholder}; give one another name: "
-                f"--rename FILE='<another>'"
-            )
-        check_placeholder(model, concept.placeholder)
-        seen.add(concept.placeholder)
-
-
-def warn_of_cuts(model: LatentDiffusion, counts: Mapping[str, int]) -> None:
-    """Warn of each prompt that has more tokens than the text encoder reads."""
-    room = model.tokenizer.max_length - 2
-    for prompt, count in counts.items():
-        if count > room:
-            warnings.warn(f"{prompt!r} has {count} tokens, only the first {room} are read")
-
-
-def conditions(
-    model: LatentDiffusion,
-    prompts: Sequence[str],
-    concepts: Sequence[Concept] = (),
-    guidance_scale: float | None = None,
-) -> dict:
-    """What `model.guided` asks for beside x_t and t, checked: the context (P, L, D) of the prompts,
-    whose brackets are weights, that of the empty prompt, and the scale, or the model's default."""
-    scale = guidance_of(model, guidance_scale)
-    check_concepts(model, concepts)
-    warn_of_cuts(model, {text: len(model.weighted_ids(text, concepts)) for text in prompts})
-    context, uncond = model.encode_prompts(prompts, concepts), model.encode_text([""])
-    return dict(context=context, uncond=uncond, guidance_scale=scale)
-
-
 def guidance_of(model: LatentDiffusion, guidance_scale: float | None) -> float:
-    """The scale that was asked for, or the model's default."""
+    """Return the guidance scale: the one given, else the model's default."""
     defaults = PAPER | model.defaults
     scale = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
     if not math.isfinite(scale):
         raise ValueError(f"guidance_scale is {scale}; use 1 (none) to about 15")
     return scale
-
-
-def finished(pixels: Tensor) -> list[Image.Image]:
-    """Pictures (N, 3, H, W) as PIL images, where they hold numbers."""
-    if not pixels.isfinite().all():
-        raise NotFinite(
-            "sampling gave NaN or infinity; try --precision bf16 or fp32, or a lower --guidance"
-        )
-    return to_pil(pixels)
 
 
 @torch.no_grad()
@@ -703,13 +487,13 @@ def sample(
     size: int | tuple[int, int] | None = None,
     batch_size: int = 8,
 ) -> list[Image.Image]:
-    """Pictures of the prompts by DDIM (Song et al. 2021), n of each, all of one prompt in a row.
+    """Draw n pictures of each prompt by DDIM (Song et al. 2021), all of one prompt in a row.
 
-    Brackets in prompts are weights, "(word:1.2)", as models/prompts.py describes. guidance_scale:
-    1 is none; by default 7.5, or what suits the bundled model. eta: 0 is deterministic, 1 as noisy
-    as DDPM. size: pixels, one number or (width, height). Picture i of a prompt starts from noise
-    of seed + i, whatever else is asked for with it. Raises ValueError for numbers out of range and
-    for words that do not belong to this model.
+    Brackets in prompts are weights, "(word:1.2)", see models/tokenizers.py. guidance_scale: 1 is
+    none; the default is 7.5, or what suits the bundled model. eta: 0 is deterministic, 1 as noisy
+    as DDPM. size: pixels, one number or (width, height). Picture i of a prompt starts from noise of
+    seed + i, whatever else is drawn with it. Raises ValueError for numbers out of range and for
+    words that do not belong to this model.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
@@ -718,195 +502,421 @@ def sample(
         raise ValueError(f"eta is {eta}; it goes from 0 (DDIM) to 1 (as noisy as DDPM)")
     check_range(1, n=n, batch_size=batch_size)
     check_range(0, seed=seed)
+    scale = guidance_of(model, guidance_scale)
     size = model.size if size is None else size
     shape = model.latent_shape((size, size) if isinstance(size, int) else size)
-    distinct = list(dict.fromkeys(prompts))
-    given = conditions(model, distinct, concepts, guidance_scale)
-
-    jobs = [(distinct.index(prompt), seed + i) for prompt in prompts for i in range(n)]
+    context, uncond = model.conditioning(prompts, concepts)
+    jobs = [(row, seed + i) for row in range(len(prompts)) for i in range(n)]
     images: list[Image.Image] = []
     for first in range(0, len(jobs), batch_size):
         rows, seeds = zip(*jobs[first : first + batch_size])
         generators = [torch.Generator().manual_seed(s) for s in seeds]
-        own = given | dict(context=given["context"][list(rows)])
 
         def draw(generators=generators) -> Tensor:
+            """Return noise (B, C, h, w) on the model's device, from each picture's generator."""
             noise = [torch.randn(shape, generator=g) for g in generators]
             return torch.stack(noise).to(model.device)
 
-        images += finished(model.decode_latents(denoise(model, draw(), steps, eta, draw, **own)))
+        guide = dict(context=context[list(rows)], uncond=uncond, guidance_scale=scale)
+        predict = partial(model.guided, **guide)
+        for latents in model.schedule.ddim_sample(predict, draw(), steps, eta, draw):
+            pass
+        images += to_pil(model.decode_latents(latents))
     return images
 
 
-def denoise(
-    model: LatentDiffusion,
-    x_T: Tensor,
-    steps: int,
-    eta: float = 0.0,
-    draw: Callable[[], Tensor] | None = None,
-    **given,
-) -> Tensor:
-    """Latents (B, C, h, w) by DDIM from noise x_T like them; `given` is what `conditions` returns,
-    and `draw` makes more noise where eta is not 0."""
-    predict = partial(model.guided, **given)
-    for latents in model.schedule.ddim_sample(predict, x_T, steps, eta, draw):
-        pass
-    return latents
+# ============================================================================== the command line
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-STRENGTH = {False: 0.6, True: 1.0}  # of `edit`, by whether there is a mask
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):  # argparse itself prints many lines of usage and exits
+        raise ValueError(f"{message}; see {self.prog} --help")
 
 
-@torch.no_grad()
-def edit(
-    model: LatentDiffusion,
-    image: str | Path | Image.Image,
-    prompt: str,
-    concepts: Sequence[Concept] = (),
-    mask: str | Path | Image.Image | None = None,
-    strength: float | None = None,
-    n: int = 1,
-    steps: int = 50,
-    guidance_scale: float | None = None,
-    seed: int = 0,
-    reconstruct_steps: int = 100,
-) -> list[Image.Image]:
-    """n versions of a picture, repainted to the prompt where the mask is white: appendix A.3 and
-    figure 10, by blended latent diffusion (Avrahami et al. 2022). Without a mask all of it is.
-
-    Sampling starts from the picture noised to `strength`, in (0, 1], of the schedule; 1, the
-    default with a mask, starts from noise alone, and 0.6, the default without one, keeps the
-    layout (Meng et al. 2022). After every step the latents outside the mask are those of the
-    picture, as noisy as the step, with the noise that sampling began with (the paper draws it
-    anew). What is returned has the picture's size, and its very pixels (of a transparent one, on
-    white) where the mask is black; the decoder is fitted to them in `reconstruct_steps` steps.
-    Raises ValueError for pictures that cannot be read, for strips, for a mask of another size or
-    without white, and as `sample` does.
-    """
-    image = open_image(image)
-    strength = STRENGTH[mask is not None] if strength is None else strength
-    if not 0 < strength <= 1:
-        raise ValueError(f"strength is {strength}; use more than 0 (keep all), and 1 at most")
-    check_range(1, n=n)
-    check_range(0, seed=seed, reconstruct_steps=reconstruct_steps)
-    mask = Image.new("L", image.size, 255) if mask is None else open_mask(mask, image.size)
-    given = conditions(model, [prompt], concepts, guidance_scale)
-    size = working_size(image.size, model.size, model.unit)
-    pixels = to_tensor(image.resize(size, Image.Resampling.BICUBIC)).to(model.device)
-    inside = (to_tensor(mask.resize(size)).to(model.device) + 1) / 2
-    z_0 = model.encode_images(pixels)
-    repaint = latent_mask((to_tensor(mask) + 1) / 2, z_0.shape[-2:]).to(z_0)
-    pairs = model.schedule.ddim_pairs(steps)[-max(1, round(strength * steps)) :]
-    cell = model.unit // model.autoencoder.config.factor
-    masks = shrinking_masks(repaint, len(pairs), cell)
-
-    versions = []
-    for s in range(seed, seed + n):
-        noise = normal(z_0, torch.Generator().manual_seed(s))
-        x = noise if strength == 1 else model.schedule.q_sample(z_0, pairs[0][0], noise)
-        for (t, t_prev), blend in zip(pairs, masks):
-            prediction = model.guided(x, torch.full((1,), t, device=x.device), **given)
-            x = model.schedule.ddim_step(x, t, t_prev, prediction)
-            x = blend * x + (1 - blend) * model.schedule.q_sample(z_0, t_prev, noise)
-        x = repaint * x + (1 - repaint) * z_0
-        fitted = reconstruct(model, x, pixels, inside, reconstruct_steps)
-        drawn = finished(fitted)[0].resize(image.size, Image.Resampling.BICUBIC)
-        versions.append(Image.composite(drawn, image, mask))
-    return versions
-
-
-def open_mask(source: str | Path | Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The mask of a picture of that (width, height): grey, white where it may change. What is
-    transparent is black."""
-    mask = open_image(source, "black").convert("L")
-    if mask.size != size:
-        raise ValueError(
-            f"the mask has {mask.width}x{mask.height} pixels, the picture {size[0]}x{size[1]}; "
-            "paint the mask over a copy of the picture"
+def exit_status(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> int:
+    """Run what the arguments ask for; return 0, or 2 with one line on standard error for a user's
+    mistake, or 130 after Ctrl-C. Warnings become notes."""
+    warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
+    try:
+        args = parser.parse_args(argv)
+        return args.run(args) or 0
+    except (ValueError, OSError) as error:
+        reason = str(error)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        reason = (
+            "out of memory; what helps: --precision bf16, a smaller -n, --size or --batch-size, "
+            "--gradient-checkpointing, --preview-every 0, --device cpu"
         )
-    if mask.getextrema()[1] < 128:
-        raise ValueError("the mask is black everywhere; paint white what may change")
-    return mask
+    except KeyboardInterrupt:
+        print("textinv: stopped", file=sys.stderr)
+        return 130
+    print(f"textinv: {' '.join(reason.split())}", file=sys.stderr)
+    return 2
 
 
-def unknown_words(prompts: Sequence[str], concepts: Sequence[Concept]) -> list[str]:
-    """What looks like a placeholder, <word>, and is none of the concepts'."""
-    known = {concept.placeholder for concept in concepts}
-    found = [word for prompt in prompts for word in re.findall(r"<[^<>\s]+>", prompt)]
-    return [word for word in dict.fromkeys(found) if word not in known]
+def load_for(args: argparse.Namespace) -> LatentDiffusion:
+    """Load the model that the arguments name, and print a line about it."""
+    precision = PRECISIONS.get(args.precision)
+    model = load_model(args.model, args.device, precision, args.family, args.prediction)
+    print(model)
+    return model
 
 
-def plain_text(prompt: str, concepts: Sequence[Concept]) -> str:
-    """The prompt for a CLIP that does not know the learnt words: without weights, and with the
-    coarse word that each began as, where its file says so."""
-    coarse = {concept.placeholder: concept.metadata.get("init_word", "") for concept in concepts}
-    if coarse:
-        prompt = re.sub(any_of(coarse), lambda word: escape(coarse[word[0]]), prompt)
-    return " ".join(without_weights(prompt).split())
+def run_invert(args: argparse.Namespace) -> int:
+    """learn a word from pictures"""
+    out, placeholder = target_of(args)
+    check_range(1, save_every=args.save_every)
+    if args.resume and args.overwrite:
+        raise ValueError("--resume continues a run and --overwrite starts over; give one of them")
+    if args.save_image_words and not args.per_image:
+        raise ValueError("--save-image-words saves the words of --per-image; add that, or drop it")
+    if not args.init_word:
+        raise ValueError("--init-word is missing: what the pictures show, in a word such as cat")
+    paths = find_images(args.images)
+    templates, model = read_templates(args.templates, paths), load_for(args)
+    ids = model.tokenizer.token_ids(args.init_word)
+    print(f"init word {args.init_word!r}: {len(ids)} token(s), ids {ids}")
+    if len(ids) > len(args.init_word.split()):
+        warnings.warn(f"this model spells {args.init_word!r} in pieces; a word it knows is better")
+    pixels = prepare_images(paths, model.size)
+    options = training_options(args, model, templates) | dict(placeholder=placeholder)
+    run, steps = Run(out, options | fingerprints(model, pixels, options)), options["steps"]
+    saved = run.look(args.resume, args.overwrite)
+    done = int(saved["step"]) if saved else 0
+    if args.resume and not saved:
+        warnings.warn(f"there is no run at {out} to continue; it starts over")
+    if saved and out.exists() and (done == steps or converged(saved.get("losses", []))):
+        print(f"the run is over after {done} steps; the word is in {out}")
+        return 0
+    options |= dict(gradient_checkpointing=args.gradient_checkpointing, resume=saved)
+    states = train(model, pixels, **options)
+    run.begin(anew=saved is None)
+    text = {"what": "what the model sees"}
+    write_png(run.path("inputs.png"), grid(to_pil(pixels)), text, overwrite=True)
+    resumed = f", from step {done} on" if done else ""
+    print(f"learning {placeholder} from {len(paths)} picture(s), {steps} steps{resumed}, to {out}")
+
+    def preview(state: State) -> Image.Image:
+        prompt = f"a photo of {placeholder}"
+        return grid(sample(model, prompt, [state.concept], n=4, steps=20))
+
+    preview_every = max(1, steps // 3) if args.preview_every is None else args.preview_every
+    image_words = args.save_image_words
+    state = run.follow(states, args.save_every, preview_every, preview, image_words)
+    if state.over and state.step < steps:
+        print(f"converged after {state.step} of {steps} steps")
+    print(what_next(args, out, state.over))
+    return 0 if state.over else 130
 
 
-# ------------------------------------------------------------------------------------- measuring
+def target_of(args: argparse.Namespace) -> tuple[Path, str]:
+    """Return the word's file and its placeholder. Both default to the name of the pictures' folder:
+    "my cat" becomes <my-cat>."""
+    source = Path(args.images).resolve()
+    name = Path(args.out).stem if args.out else source.stem if source.is_file() else source.name
+    out = Path(args.out or f"{name}.safetensors")
+    default_format(out.suffix)  # raises if words are not written with this ending
+    if source.is_dir() and out.resolve().parent == source:
+        raise ValueError(
+            f"{out} lies among the pictures to learn from, and so would the previews; write it "
+            f"elsewhere, for example --out {os.path.relpath(source.parent / out.name)}"
+        )
+    default = f"<{'-'.join(name.split())}>"
+    return out, default if args.placeholder is None else args.placeholder
 
-RECONSTRUCTION = "A photo of {}"
+
+def training_options(args: argparse.Namespace, model: LatentDiffusion, templates) -> dict:
+    """Return the options of `train` that decide what is learnt."""
+    steps, batch_size, lr = hyperparameters(model, args.steps, args.batch_size, args.lr)
+    vectors = (3 if args.progressive else 1) if args.vectors is None else args.vectors
+    same = "init_word seed stop per_image weight_decay regularize progressive".split()
+    options = {name: getattr(args, name) for name in same} | dict(flip=not args.no_flip)
+    options |= dict(vectors=vectors, templates=templates)
+    return options | dict(steps=steps, batch_size=batch_size, lr=lr)
 
 
-def evaluate(
-    model: LatentDiffusion,
-    scorer: Scorer,
-    images: Images,
-    texts: Sequence[str] | None,
-    concepts: Sequence[Concept] = (),
-    prompts: Mapping[str, Sequence[str]] | None = None,
-    n: int = 64,
-    steps: int = 50,
-    guidance_scale: float | None = None,
-    seed: int = 0,
-) -> Iterator[dict]:
-    """Section 5.1: how like the pictures, and how obedient to the prompt; yields a row per prompt.
+def fingerprints(model: LatentDiffusion, pixels: Tensor, options: dict) -> dict:
+    """Return what else must be the same when a run is resumed: model and pictures."""
+    found = dict(model=model.name, fingerprint=model.fingerprint, precision=str(model.dtype))
+    found |= dict(prediction=model.schedule.prediction)
+    found |= dict(pictures=hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:16])
+    # The vectors of a progressive word join by the number of steps; other runs may get more steps.
+    return found | dict(progressive=options["steps"] if options["progressive"] else None)
 
-    images: the pictures that the word was learnt from. texts: what stands for {} in the prompts:
-    [a placeholder] of `concepts`, human captions (n samples shared out among them), [""] for
-    "prompt only", or None for "image only", where the pictures themselves are what is scored
-    (against themselves too, so that each counts once as its own like).
-    prompts: {kind: prompts}, by default models/evaluation_prompts.txt. A row is {"kind", "prompt",
-    "score"}; the kind of the first, "A photo of {}", is "reconstruction". Raises ValueError as
-    `sample` does.
-    """
-    check_range(1, n=n)
-    prompts = read_prompts() if prompts is None else prompts
-    pictures = find_images(images) if isinstance(images, (str, Path)) else images
-    originals = scorer.images([open_image(picture) for picture in pictures])
 
-    def features(prompt: str) -> Tensor:
-        drawn = []
-        for i, text in enumerate(texts):
-            share = len(range(i, n, len(texts)))
-            filled = " ".join(prompt.replace("{}", escape(text)).split())
-            options = dict(steps=steps, guidance_scale=guidance_scale, seed=seed + len(drawn))
-            drawn += sample(model, filled, concepts, n=share, **options) if share else []
-        return scorer.images(drawn)
+def read_templates(choice: str, pictures: Sequence[Path]) -> list[str] | list[list[str]]:
+    """Return the prompts that --templates stands for, or a list of them for each picture."""
+    if choice in TEMPLATES:
+        return list(TEMPLATES[choice])
+    if "{}" in choice:
+        return [choice]
+    if choice == "captions":
+        return [read_lines(path.with_suffix(".txt")) for path in pictures]
+    return read_lines(Path(choice))
 
-    kinds = [("reconstruction", RECONSTRUCTION)]
-    kinds += [(kind, prompt) for kind, listed in prompts.items() for prompt in listed]
 
-    def row(entry: tuple[str, str]) -> dict:
-        kind, prompt = entry
-        drawn = originals if texts is None else features(prompt)
-        if kind == "reconstruction":
-            score = reconstruction(drawn, originals)
-        else:
-            plain = without_placeholder(without_weights(prompt), "{}")
-            score = editability(drawn, scorer.texts([plain]))
-        return dict(kind=kind, prompt=prompt, score=score)
+def read_lines(path: Path) -> list[str]:
+    """Return the templates in a text file. Raises ValueError for a line without {}."""
+    try:
+        lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path}: no text with one template per line ({error}); --templates takes "
+            f"{', '.join(TEMPLATES)}, captions (cat.txt beside cat.jpg), a file, 'a photo of {{}}'"
+        ) from None
+    for line in lines or [""]:
+        if "{}" not in line:
+            raise ValueError(f"{path}: {line[:60]!r} has no {{}} where the word goes")
+    return lines
 
-    yield from shared_out(kinds, row)
+
+def what_next(args: argparse.Namespace, out: Path, over: bool) -> str:
+    """Return a line with what was written and the command to use it, or to continue."""
+    if not over:
+        command = shlex.join(["python", *sys.argv, *["--resume"] * (not args.resume)])
+        return f"stopped; the word so far is in {out}; continue with: {command}"
+    word = load_concept(out).placeholder  # .pt and .png have names of their own
+    again = ["sample", f"a photo of {word}", "--concept", str(out)]
+    again += ["--model", args.model] if args.model else []
+    return f"wrote {out}; try: python textinv.py {shlex.join(again)}"
+
+
+def load_words(files: Sequence[str], renames: Sequence[str]) -> list[Concept]:
+    """Return the words of the files, with the names that --rename OLD=NEW gives them."""
+    new_names = dict(entry.rpartition("=")[::2] for entry in renames)
+    concepts, known = [], set()
+    for path in files:
+        for concept in load_concepts(path):
+            olds = (path, Path(path).name, concept.placeholder)
+            old = next((old for old in olds if old in new_names), concept.placeholder)
+            concepts.append(replace(concept, placeholder=new_names.get(old, old)))
+            known |= set(olds)
+    for old, new in new_names.items():
+        if old not in known or not new:
+            raise ValueError(
+                f"--rename {old}={new}: no word or file of that name is loaded, or no new name "
+                f"is given; there are {', '.join(sorted(known)) or 'none (use --concept FILE)'}"
+            )
+    return concepts
+
+
+def words_for(args: argparse.Namespace, prompts: Sequence[str]) -> list[Concept]:
+    """Return the words for some prompts, and check the prompts before anything slow. Warns of words
+    that no prompt uses, and of what looks like a placeholder and is none."""
+    concepts = load_words(args.concept, args.rename)
+    known = [concept.placeholder for concept in concepts]
+    for prompt in prompts:
+        split_weights(prompt)  # raises for a weight that is no number
+    for word in known:
+        if not any(word in prompt for prompt in prompts):
+            warnings.warn(f"{word} was loaded, but no prompt uses it")
+    found = re.findall(r"<[^<>\s]+>", " ".join(prompts))
+    for word in dict.fromkeys(found):
+        if word not in known:
+            there = ", ".join(known) or "none"
+            warnings.warn(f"{word} is no learnt word (known: {there}); it is read as plain text")
+    return concepts
+
+
+def run_sample(args: argparse.Namespace) -> None:
+    """draw prompts with learnt words"""
+    out = free_png(args.out, args.overwrite)
+    check_range(1, n=args.n)
+    singles = [Path(args.singles or "") / f"{i:04d}.png" for i in range(args.n * len(args.prompts))]
+    for path in singles if args.singles else ():
+        free_target(path, args.overwrite)
+    concepts, model = words_for(args, args.prompts), load_for(args)
+    settings = dict(steps=args.steps, eta=args.eta, seed=args.seed, size=args.size or model.size)
+    settings |= dict(guidance_scale=guidance_of(model, args.guidance))
+    print(f"drawing {len(args.prompts)} prompt(s) x {args.n}, {args.steps} DDIM steps, to {out}")
+    images, seeds = [], [*range(args.seed, args.seed + args.n)] * len(args.prompts)
+    for prompt in tqdm(args.prompts, unit="prompt", disable=len(args.prompts) == 1):
+        for image in sample(model, prompt, concepts, n=args.n, **settings):
+            if args.singles:
+                text = {"prompt": prompt, "settings": settings | dict(seed=seeds[len(images)])}
+                write_png(singles[len(images)], image, text, args.overwrite)
+            images.append(image)
+    settings |= dict(n=args.n, seeds=seeds, model=model.name)
+    text = {"prompt": "\n".join(args.prompts), "settings": settings}
+    columns = args.n if len(args.prompts) > 1 else None
+    write_png(out, grid(images, columns), text, args.overwrite)
+    print(f"wrote {out}")
+
+
+def run_convert(args: argparse.Namespace) -> None:
+    """write a word in another program's format"""
+    out = free_target(Path(args.out), args.overwrite)
+    concepts = load_concepts(args.source)
+    chosen = [c for c in concepts if args.word in (None, c.placeholder)]
+    if len(chosen) != 1:
+        names = ", ".join(concept.placeholder for concept in concepts)
+        wrong = f", not {args.word}" if args.word else ""
+        raise ValueError(f"{args.source} holds {names}{wrong}; say which one with --word")
+    concept = chosen[0]
+    if args.placeholder is not None:
+        if not is_one_word(args.placeholder):
+            raise ValueError(f"--placeholder {args.placeholder!r} is no single word; use <cat>")
+        concept = replace(concept, placeholder=args.placeholder)
+    if args.picture and out.suffix.lower() != ".png":
+        raise ValueError(f"--picture is for an OUT that is a .png file; {out} is none")
+    format = args.format or default_format(out.suffix)
+    concept.save(out, args.overwrite, format, open_image(args.picture) if args.picture else None)
+    word = load_concept(out).placeholder
+    print(f"wrote {out} ({format}): {word}, {tuple(concept.vectors.shape)}")
+    if args.placeholder not in (None, word):
+        warnings.warn(f"in this format the word is called {word}, whatever --placeholder says")
+
+
+def run_show(args: argparse.Namespace) -> None:
+    """look into a word, a model or a prompt"""
+    if not (args.word_file or args.prompt or args.model):
+        raise ValueError("nothing to show; give --word FILE, --model PATH or --prompt TEXT")
+    words = load_words([*args.concept, *filter(None, [args.word_file])], args.rename)
+    model = load_for(args)
+    if args.prompt:
+        show_prompt(args.prompt, words, model)
+    elif args.word_file:
+        show_words(words, model)
+    else:
+        show_model(model)
+
+
+def show_model(model: LatentDiffusion) -> None:
+    print(f"stored as {model.stored}")
+    for name in ("unet", "autoencoder", "text_encoder"):
+        count = sum(p.numel() for p in getattr(model, name).parameters())
+        print(f"{name:12} {count / 1e6:8,.1f}M parameters")
+    width, length = model.text_encoder.token_table.shape[1], model.tokenizer.max_length
+    print(f"words of {width} numbers, {length} tokens a prompt, pictures of {model.size} pixels")
+
+
+def show_prompt(prompt: str, concepts: Sequence[Concept], model: LatentDiffusion) -> None:
+    """Print a line per token: id, text, and weight if it is not 1."""
+    model.check_concepts(concepts)
+    words = model.weighted_ids(prompt, concepts)
+    model.warn_if_cut(prompt, len(words))
+    ids = model.tokenizer.frame([i for i, _ in words])
+    weights = [1.0, *(weight for _, weight in words[: len(ids) - 2]), 1.0]
+    for i, weight in zip(ids, weights):
+        print(f"{i:6d} {model.token_text(i, concepts)}" + f" x {weight:.2f}" * (weight != 1))
+
+
+def show_words(concepts: Sequence[Concept], model: LatentDiffusion) -> None:
+    """Print metadata, norms beside those of the model's own words, and the nearest words."""
+    table = model.text_encoder.token_table.float().cpu()
+    low, middle, high = table.norm(dim=1).quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
+    for concept in concepts:
+        count, width = concept.vectors.shape
+        print(f"{concept.placeholder}: {count} vector(s) of {width} numbers")
+        for key, value in concept.metadata.items():
+            print(f"  {key}: {value if len(value) < 200 else value[:200] + '...'}")
+        for vector in concept.vectors:
+            line = f"  norm {vector.norm():.3f} (words here: {low:.3f}, {middle:.3f}, {high:.3f})"
+            if width == table.shape[1]:
+                cosines, ids = F.cosine_similarity(vector[None], table).topk(5)
+                pairs = zip(ids.tolist(), cosines.tolist())
+                line += "; nearest: " + ", ".join(
+                    f"{model.token_text(i)} {c:.2f}" for i, c in pairs
+                )
+            print(line)
+        if width != table.shape[1]:
+            print(f"  learnt with another model: this one's words have {table.shape[1]} numbers")
+
+
+def learning_rate(text: str) -> float | str:
+    try:
+        return text if text in RATES else float(text)
+    except ValueError:
+        message = f"{text!r} is no learning rate; use a number, {', '.join(RATES)}"
+        raise argparse.ArgumentTypeError(message) from None
+
+
+def picture_size(text: str) -> tuple[int, int]:
+    if not re.fullmatch(r"\d+(x\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text} is not a size; use 512 or 512x768")
+    width, height = (text.split("x") * 2)[:2]
+    return int(width), int(height)
+
+
+# Every option by the name that VERBS uses; `flag` is its name on the command line if that differs.
+OPTIONS: dict[str, dict] = dict(
+    images=dict(flag="images", help="folder with 3-5 pictures of one thing"),
+    prompts=dict(flag="prompts", nargs="+", metavar="PROMPT", help="(word:1.2) weighs a word"),
+    source=dict(flag="source", metavar="IN", help="a word's file"),
+    target=dict(flag="out", metavar="OUT", help="the file to write"),
+    model=dict(metavar="PATH", help="checkpoint file or folder (default: the bundled model)"),
+    family=dict(choices=FAMILIES, help="family of the checkpoint, if its keys do not tell"),
+    prediction=dict(choices=("eps", "v"), help="what it predicts, if the file does not tell"),
+    device=dict(help="cuda, mps or cpu (default: the best there is)"),
+    precision=dict(choices=PRECISIONS, help="of UNet and autoencoder (default: the device's best)"),
+    seed=dict(type=int, default=0, help="of all random numbers (default 0)"),
+    overwrite=dict(action="store_true", help="replace files of the same name"),
+    concept=dict(action="append", default=[], metavar="FILE", help="a word's file; repeatable"),
+    rename=dict(action="append", default=[], metavar="OLD=NEW", help="rename the word of file OLD"),
+    init_word=dict(metavar="WORDS", help="coarse description to start from, such as cat"),
+    placeholder=dict(metavar="WORD", help="the word's name in prompts (default: <NAME OF OUT>)"),
+    word_out=dict(flag="--out", metavar="FILE", help="the word's file (FOLDER.safetensors)"),
+    resume=dict(action="store_true", help="continue a run that was stopped"),
+    vectors=dict(type=int, help="vectors per word (default 1; 3 if progressive)"),
+    training_steps=dict(flag="--steps", type=int, help="training steps (5000; bundled model 600)"),
+    batch_size=dict(type=int, help="pictures per step (default 4; bundled model 8)"),
+    lr=dict(type=learning_rate, help="rate per picture of a batch (0.005), or base, high, low"),
+    stop=dict(choices=STOPS, default="never", help="auto: stop once the word has converged"),
+    weight_decay=dict(type=float, default=0.0, help="AdamW's weight decay (default 0)"),
+    regularize=dict(type=float, default=0.0, metavar="W", help="keep the word near its init word"),
+    progressive=dict(action="store_true", help="train one vector, then two, then three"),
+    per_image=dict(action="store_true", help="also learn a word for each picture"),
+    save_image_words=dict(action="store_true", help="save the words of --per-image too"),
+    templates=dict(default="object", help="object, style, captions, a file, or 'a photo of {}'"),
+    no_flip=dict(action="store_true", help="do not mirror the pictures"),
+    gradient_checkpointing=dict(action="store_true", help="less memory, slower"),
+    preview_every=dict(type=int, metavar="N", help="preview every N steps; 0: none (steps / 3)"),
+    save_every=dict(type=int, default=50, metavar="N", help="save a state every N steps (50)"),
+    n=dict(flag="-n", type=int, default=4, help="pictures per prompt (default 4)"),
+    steps=dict(type=int, default=50, help="DDIM steps (default 50)"),
+    guidance=dict(type=float, metavar="SCALE", help="1 is no guidance (default 7.5; bundled 3)"),
+    eta=dict(type=float, default=0.0, help="0 is DDIM, 1 as noisy as DDPM (default 0)"),
+    size=dict(type=picture_size, metavar="W[xH]", help="pixels (default: the model's own size)"),
+    grid_out=dict(flag="--out", default="grid.png", metavar="FILE", help="the grid (grid.png)"),
+    singles=dict(metavar="FOLDER", help="also save each picture by itself"),
+    format=dict(choices=FORMATS, help="layout of OUT (default: by its ending)"),
+    word_file=dict(flag="--word", dest="word_file", metavar="FILE", help="show this word"),
+    prompt=dict(metavar="TEXT", help="show the tokens of this prompt, and their weights"),
+    word=dict(metavar="WORD", help="which word, if IN holds several"),
+    picture=dict(metavar="FILE", help="picture that carries the word, for an OUT.png"),
+)
+MODEL = " model family prediction device precision"
+VERBS = {
+    run_invert: "images init_word placeholder word_out resume overwrite vectors training_steps "
+    "batch_size lr stop weight_decay regularize progressive per_image save_image_words templates "
+    "no_flip gradient_checkpointing preview_every save_every seed" + MODEL,
+    run_sample: "prompts concept rename n steps guidance eta size grid_out singles overwrite seed"
+    + MODEL,
+    run_convert: "source target format placeholder word picture overwrite",
+    run_show: "word_file prompt concept rename" + MODEL,
+}
+
+
+def add_options(parser: argparse.ArgumentParser, names: str) -> None:
+    """Add the options with these names, separated by spaces."""
+    for name in names.split():
+        options = dict(OPTIONS[name])
+        parser.add_argument(options.pop("flag", f"--{name.replace('_', '-')}"), **options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line, `python textinv.py invert ...`: see models/command_line.py."""
-    from models.command_line import main  # which imports this file
-
-    return main(argv)
+    """Run the command line and return its exit status."""
+    parser = Parser(prog="textinv.py", description=__doc__.splitlines()[0])
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    for run, names in VERBS.items():
+        verb = verbs.add_parser(run.__name__.removeprefix("run_"), help=run.__doc__)
+        add_options(verb, names)
+        verb.set_defaults(run=run)
+    return exit_status(parser, argv)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,23 @@
 """diffusers' components in the loop of its textual inversion script, for benchmark.py.
 
-The same weights, pictures, batch and precision, in the same process and in turns. Their loop, as
-published: the autoencoder encodes in every step, the text encoder's whole table is the optimizer's,
-and all rows but the word's are put back afterwards.
+Weights, pictures, batch and precision are the same. The loop is as they publish it: the autoencoder
+encodes in every step, the text encoder's whole table is optimised, and all rows but the word's are
+put back afterwards.
 """
 
-from statistics import median
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from benchmark_parts import timed
-from experiment import pictures
 
-import textinv
+from models.images import prepare_images
+from models.latent_diffusion import LatentDiffusion
 from models.naming import autoencoder_from_diffusers, unet_from_diffusers
-from models.reading import Stored
 
 
-def components(model: textinv.LatentDiffusion):
-    """diffusers' UNet, autoencoder and text encoder of SD 1.5's sizes; ours get their weights."""
+def components(model: LatentDiffusion):
+    """Return diffusers' UNet, autoencoder and text encoder of SD 1.5's sizes, and give their
+    weights to our model."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -36,18 +35,15 @@ def components(model: textinv.LatentDiffusion):
         (model.unet, unet, unet_from_diffusers),
         (model.autoencoder, vae, autoencoder_from_diffusers),
     ):
-        state = {
-            k: Stored(tuple(v.shape), lambda dtype, v=v: v) for k, v in theirs.state_dict().items()
-        }
-        ours.load_state_dict({k: stored.read(None) for k, stored in rename(state).items()})
+        ours.load_state_dict(rename(theirs.state_dict()))
         theirs.requires_grad_(False)
     text.requires_grad_(False)
     text.get_input_embeddings().weight.requires_grad_(True)
     return unet, vae, text
 
 
-def their_step(model, unet, vae, text, batch_size: int, checkpointing: bool):
-    """A function that does one step of their script."""
+def their_step(model, unet, vae, text, folder: Path, batch_size: int, checkpointing: bool):
+    """Return a function that does one step of their script."""
     from diffusers import DDPMScheduler
 
     if checkpointing:
@@ -57,7 +53,7 @@ def their_step(model, unet, vae, text, batch_size: int, checkpointing: bool):
     table = text.get_input_embeddings().weight
     before = table.detach().clone()
     optimizer = torch.optim.AdamW([table], lr=5e-4)
-    images = textinv.prepare_images(pictures("teddy"), model.size)[:1]
+    images = prepare_images(folder, model.size)[:1]
     images = images.expand(batch_size, -1, -1, -1).to(model.device, model.dtype)
     ids = torch.tensor([model.tokenizer.pad(model.tokenizer.encode("a photo of a toy"))])
     ids[0, 5] = 49408
@@ -79,7 +75,7 @@ def their_step(model, unet, vae, text, batch_size: int, checkpointing: bool):
 
 
 def their_sample(model, unet, vae, text, steps: int):
-    """A function that draws one picture with their pipeline."""
+    """Return a function that draws one picture with their pipeline."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline(
@@ -99,26 +95,3 @@ def their_sample(model, unet, vae, text, steps: int):
     given = dict(prompt_embeds=context, negative_prompt_embeds=uncond, num_inference_steps=steps)
     given |= dict(height=model.size, width=model.size)
     return lambda: pipe(**given)
-
-
-def in_turns(ours, theirs, rounds: int, device: torch.device) -> tuple[float, float, list[float]]:
-    """Median seconds of both, and the ratios ours/theirs round by round, after one for warming."""
-    pairs = [(timed(ours, device), timed(theirs, device)) for _ in range(rounds + 1)][1:]
-    a, b = zip(*pairs)
-    return median(a), median(b), sorted(x / y for x, y in pairs)
-
-
-def compare(model: textinv.LatentDiffusion, states, args) -> dict:
-    """Ours against theirs: a training step of the run that is under way, and sampling."""
-    parts, steps = components(model), args.ddim_steps
-    theirs = their_step(model, *parts, args.batch_size, args.gradient_checkpointing)
-    draw = lambda: textinv.sample(model, "a photo of a toy", steps=steps)
-    pairs = {"step": (lambda: next(states), theirs, args.steps)}
-    pairs["picture"] = (draw, their_sample(model, *parts, steps), 2)
-    found = {}
-    for what, (ours, theirs, rounds) in pairs.items():
-        a, b, ratios = in_turns(ours, theirs, rounds, model.device)
-        found |= {f"{what}: ours in turns, s": a, f"{what}: diffusers, s": b}
-        spread = f"{median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-        found[f"{what}: ratio (lowest, highest)"] = spread
-    return found

@@ -1,42 +1,192 @@
-"""Files that a run writes: all or nothing, never over another file unless asked, and resumable.
+"""Tensors out of files, and files that are written all or nothing.
 
-A run that learns `cat.safetensors` keeps beside it
-
-    cat.json         its settings, written before the first step
-    cat.csv          one row per step
-    cat.state        what the next step depends on: its number, the vectors, the optimizer's two
-                     moments, and what `--stop auto` has seen
-    cat.inputs.png   what the model sees of the pictures
-    cat.step-N.png   previews
-    cat.image-N.*    the words of single pictures, if they are asked for
-
-Every random draw of a step follows from the seed and the number of the step, so the state needs no
-generators, and a run that was killed goes on to the same bits from whichever state it finds.
+PyTorch and safetensors do the reading: `torch.load(weights_only=True)` builds containers and
+tensors and calls nothing else. Tensors are mapped: the file is read where they are used, and what
+is written into them stays in memory (copy on write). So the file must not be overwritten in place
+while they are in use; a rename, as `write_file` does, and a removal do not matter.
 """
 
 import csv
-import glob
 import io
 import json
 import os
+import re
 import secrets
 import shutil
-import signal
-from collections.abc import Iterator, Sequence
+import zipfile
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import BinaryIO
 
 import torch
 from PIL import Image, PngImagePlugin
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors import safe_open
 from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from .parallel import rank_and_world, wait_for_all
+ZIP = b"PK\x03\x04"  # how files of torch.save begin
+BEFORE_1_6 = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # and of torch before 1.6
+EXPECTED = (
+    "expected an LDM or Stable Diffusion 1/2 checkpoint (.ckpt or .safetensors), or a folder in "
+    "the diffusers layout"
+)
+
+
+class CheckpointError(ValueError):
+    """A file that is not what it should be. One line; what a terminal would not print is "?"."""
+
+    def __init__(self, message: str):
+        super().__init__("".join(c if c.isprintable() else "?" for c in message))
+
+
+def some(names: Iterable[str]) -> str:
+    """The first names of many, for an error message."""
+    names = list(names)
+    shown = ", ".join(name[:80] for name in names[:3])
+    return shown + ", ..." * (len(names) > 3) if names else "nothing"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out. On the CPU, and in NVIDIA's libraries, that is a RuntimeError."""
+    said = "out of memory|can't allocate memory|not enough memory|ALLOC_FAILED"
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or re.search(said, str(error)) is not None
+
+
+@contextmanager
+def checking(path: Path, expected: str = EXPECTED):
+    """Convert any exception while reading `path` into one CheckpointError that names the file."""
+    try:
+        yield
+    except CheckpointError as e:
+        if str(e).startswith(str(CheckpointError(str(path)))):
+            raise
+        raise CheckpointError(f"{path}: {e}") from e
+    except Exception as e:  # parsers and shape arithmetic raise nearly anything
+        if out_of_memory(e):
+            raise
+        if isinstance(e, OSError) and e.strerror:
+            raise CheckpointError(f"{path}: {e.strerror}; {expected}") from e
+        # Trap: torch.load puts advice in place of the cause, which is left as the context.
+        cause = (e.__context__ or e) if isinstance(e, UnpicklingError) else e
+        reason = f"it has no {cause}" if isinstance(cause, KeyError) else str(cause)
+        reason = (reason or type(cause).__name__).splitlines()[0][:200]
+        found = f"damaged or of another kind, found {contents(path)} ({reason})"
+        raise CheckpointError(f"{path}: {found}; {expected}") from e
+
+
+def contents(path: Path) -> str:
+    """Describe a file that did not load: often a cut download, a web page, a git-lfs pointer."""
+    if path.is_dir():
+        return "a folder with " + some(sorted(p.name for p in path.iterdir()))
+    with open(path, "rb") as file:
+        start = file.read(40)
+    if not start:
+        return "an empty file"
+    line = start.decode("utf-8", "replace").splitlines()[0]
+    kind = f"the text {line!r}" if line.isprintable() else "binary data"
+    return f"{'a zip archive' if start.startswith(ZIP) else kind}, {path.stat().st_size:,} bytes"
+
+
+class Stub:
+    """Replaces every class and function of a pickle that PyTorch does not know: it takes any
+    arguments, does nothing, and keeps a state given to it as plain data."""
+
+    state = None
+
+    def __new__(cls, *args, **kwargs):
+        return super().__new__(cls)
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+def open_state(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of one checkpoint file in any format, mapped."""
+    with checking(path):
+        content, _ = open_content(path)
+        if isinstance(content, Stub):
+            content = tensors_of_modules(content, "")
+        if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+            content = content["state_dict"]
+        if not isinstance(content, dict):
+            raise CheckpointError(f"holds no table of tensors; {EXPECTED}")
+        return tensors_in(content)
+
+
+def tensors_in(table: dict) -> dict[str, Tensor]:
+    """The ordinary tensors of a table that have a name, without gradients."""
+    tensors = {k: v for k, v in table.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    return {k: v.detach() for k, v in tensors.items() if v.layout == torch.strided}
+
+
+def open_content(path: Path, limit: int | None = None) -> tuple[object, dict[str, str]]:
+    """Return what a file holds, tensors mapped, and its metadata. The format follows from its
+    first bytes. limit: of the bytes that describe the tensors, for files of words."""
+    with open(path, "rb") as file:
+        start = file.read(16)
+        file.seek(0)
+        if start.startswith(ZIP):
+            return unpickle(path, file, limit), {}
+        if start.startswith(BEFORE_1_6):
+            return torch.load(file, map_location="cpu", weights_only=True), {}
+    size = int.from_bytes(start[:8], "little")
+    if size < path.stat().st_size:  # else it is no .safetensors at all
+        check_size(size, limit)
+    with safe_open(path, framework="pt") as tensors:
+        return {key: tensors.get_tensor(key) for key in tensors.keys()}, tensors.metadata() or {}
+
+
+def check_size(size: int, limit: int | None) -> None:
+    if limit and size > limit:
+        raise CheckpointError(
+            f"its description of the tensors has {size:,} bytes, too many for a learnt word "
+            f"({limit:,} at most); a checkpoint goes to --model"
+        )
+
+
+def unpickle(path: Path, file: BinaryIO, limit: int | None) -> object:
+    """Return what torch.save wrote into this zip, without calling anything that it names."""
+    with zipfile.ZipFile(file) as archive:
+        entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+    if "data.pkl" not in entries:
+        raise CheckpointError("a zip archive, but not one written by torch.save")
+    check_size(entries["data.pkl"].file_size, limit)
+    # Trap: torch.load reads by the suffix if it is this one, and maps compressed data as they are.
+    mapped = path.suffix != ".safetensors" and not any(e.compress_type for e in entries.values())
+    if "constants.pkl" in entries:  # a TorchScript archive, which torch.load would run
+        mapped, file = False, without_code(file)
+    file.seek(0)
+    names = get_unsafe_globals_in_checkpoint(file)
+    file.seek(0)
+    with safe_globals([(Stub, name) for name in names]):
+        source = path if mapped else file
+        return torch.load(source, map_location="cpu", mmap=mapped, weights_only=True)
+
+
+def without_code(source: BinaryIO) -> io.BytesIO:
+    """A copy of a zip of torch.save: no code, no constants, nothing that newer versions add."""
+    copy = io.BytesIO()
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(copy, "w") as new:
+        for name in old.namelist():
+            if re.fullmatch(r"[^/]+/(data\.pkl|data/\d+|version)", name):
+                new.writestr(zipfile.ZipInfo(name), old.read(name))
+    return copy
+
+
+def tensors_of_modules(module: Stub, prefix: str) -> dict[str, object]:
+    """The state of a TorchScript archive, which pickles a tree of modules."""
+    state = {f"{prefix}{name}": value for name, value in (module.state or {}).items()}
+    for name, value in list(state.items()):
+        if isinstance(value, Stub):
+            state |= tensors_of_modules(value, f"{name}.")
+    return state
 
 
 def free_target(path: Path, overwrite: bool) -> Path:
-    """The path, if it may be written: said before the work, not after it."""
+    """Return the path after checking that it can be written, before any work starts."""
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is a folder or a device; give the name of a file")
     if path.exists() and not overwrite:
@@ -47,14 +197,18 @@ def free_target(path: Path, overwrite: bool) -> Path:
     return path
 
 
+def free_png(path: str | Path, overwrite: bool) -> Path:
+    """Return the path of a PNG file after checking that it can be written."""
+    if Path(path).suffix.lower() != ".png":
+        raise ValueError(f"{path} is not a .png file; pictures are written as PNG with settings")
+    return free_target(Path(path), overwrite)
+
+
 def write_file(path: str | Path, content: bytes, overwrite: bool = False) -> None:
-    """All or nothing: a temporary file beside the target, synced, then renamed. Of several
-    processes (models/parallel.py) only the first writes.
+    """Write a file all or nothing: a temporary file beside the target, synced, then renamed.
 
     Raises ValueError where the target exists or cannot be written.
     """
-    if rank_and_world()[0] > 0:
-        return
     path = free_target(Path(path), overwrite)
     temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.tmp")
     try:
@@ -85,117 +239,10 @@ def write_png(path: str | Path, image: Image.Image, text: dict, overwrite: bool)
 
 
 def write_table(path: str | Path, rows: Sequence[dict], overwrite: bool) -> None:
-    """A CSV of rows with the same keys."""
+    """Write a CSV of rows with the same keys."""
     table = io.StringIO()
     if rows:
         writer = csv.DictWriter(table, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     write_file(path, table.getvalue().encode(), overwrite)
-
-
-class Run:
-    """The files of one run, beside the word that it learns."""
-
-    def __init__(self, out: Path, settings: dict):
-        self.out = out
-        self.settings = settings
-        self.rows: list[dict] = []
-
-    def path(self, ending: str) -> Path:
-        """`cat.csv` beside `cat.safetensors`, for the ending "csv"."""
-        return self.out.with_name(f"{self.out.stem}.{ending}")
-
-    def look(self, resume: bool, overwrite: bool) -> dict[str, Tensor] | None:
-        """The state to go on from, or None at the beginning. Writes nothing.
-
-        Raises ValueError where files that are not this run's would be lost, or where a setting
-        differs from what the run began with; the number of steps may.
-        """
-        if resume and self.path("json").exists():
-            self.check_settings()
-            if self.path("state").exists():
-                state = self.read_state()
-                return state if int(state["step"]) else None
-            if not self.out.exists():
-                return None  # killed before the first step
-        for path in () if overwrite else self.files():
-            way = "its state is gone, so" if resume else "go on with --resume,"
-            raise ValueError(
-                f"{path} exists; {way} choose another --out, or say --overwrite to begin anew"
-            )
-        return None
-
-    def files(self) -> list[Path]:
-        """What there is of the files that a run of this name writes."""
-        beside, suffix = glob.escape(self.out.stem), self.out.suffix
-        own = f"json csv state inputs.png step-[0-9]*.png image-[0-9]*{suffix}".split()
-        found = [p for name in own for p in self.out.parent.glob(f"{beside}.{name}")]
-        return [self.out] * self.out.exists() + found
-
-    def begin(self, anew: bool) -> None:
-        """Write the settings, before the first step. `anew` takes another run's files away but
-        the word, whose place is taken by the first save."""
-        wait_for_all()  # each process has looked at what there is; now the first changes it
-        if rank_and_world()[0] > 0:
-            return
-        for path in self.out.parent.glob(f".{glob.escape(self.out.stem)}.*.tmp"):
-            path.unlink()  # what a killed process left
-        for path in self.files() if anew else ():
-            if path != self.out:
-                path.unlink()
-        text = json.dumps(self.settings, indent=1, ensure_ascii=False) + "\n"
-        write_file(self.path("json"), text.encode(), overwrite=True)
-        if anew:  # a run without a state, but with a word, is not ours to overwrite
-            self.save({"step": torch.tensor(0)})
-
-    def check_settings(self) -> None:
-        path = self.path("json")
-        try:
-            began = dict(json.loads(path.read_text("utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise ValueError(f"{path}: not a run's settings ({error}); use --overwrite") from None
-        for key, now in json.loads(json.dumps(self.settings)).items():
-            if began.get(key) != now and key != "steps":
-                raise ValueError(
-                    f"{path}: the run began with {key} {began.get(key)!r}, now it is {now!r}; "
-                    "give what it began with, or begin anew with --overwrite"
-                )
-
-    def read_state(self) -> dict[str, Tensor]:
-        path = self.path("state")
-        try:
-            state = load(path.read_bytes())
-            step = int(state["step"])
-            with open(self.path("csv"), newline="", encoding="utf-8") as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(
-                f"{path}: no run can go on from it and the .csv beside it ({error}); begin anew "
-                "with --overwrite"
-            ) from None
-        return state
-
-    def save(self, state: dict[str, Tensor]) -> None:
-        """Table and state, the state last: whatever it says is done lies in the other files."""
-        write_table(self.path("csv"), self.rows, overwrite=True)
-        write_file(self.path("state"), save(state), overwrite=True)
-
-
-@contextmanager
-def interruptible() -> Iterator[list[int]]:
-    """Ctrl-C (and SIGTERM) only asks: the yielded list is no longer empty, and whoever runs the
-    loop ends it between two steps. A second Ctrl-C ends at once."""
-    asked: list[int] = []
-
-    def ask(number, frame):
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,11 +1,12 @@
 """The model a user holds: text encoder, UNet, autoencoder and noise schedule in one object.
 
 It is the latent diffusion model of the paper's section 3: E and D are the autoencoder, c_theta
-the text encoder, eps_theta the UNet. Everything is frozen. The one thing that textual inversion
-adds happens in `embed`: ids that are not in the vocabulary are looked up in learnt vectors.
+the text encoder, eps_theta the UNet. Everything is frozen. Textual inversion adds one thing, in
+`embed`: ids that are not in the vocabulary are looked up in the learnt vectors.
 """
 
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -15,21 +16,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .autoencoder import Autoencoder
-from .embeddings import Concept
-from .prompts import escape, split_weights
+from .concepts import Concept
 from .schedule import Schedule
-from .tokenizers import Placeholders, Tokenizer, any_of
+from .tokenizers import Placeholders, Tokenizer, any_of, escape, is_one_word, split_weights
 from .unet import UNet
+
+# Which model a word belongs to, by the width of its vectors.
+WIDTHS = {768: "a Stable Diffusion 1", 1024: "a Stable Diffusion 2", 1280: "LDM text2img-large"}
 
 
 class TextEncoder(Protocol):
-    """What `LatentDiffusion` asks of a text encoder, an nn.Module."""
+    """What `LatentDiffusion` needs of a text encoder, an nn.Module."""
 
     token_table: Tensor  # (vocab_size, D), the frozen embeddings that words are looked up in
-    restores_mean: bool  # whether weights in a prompt leave the mean of its features as it was
+    restores_mean: bool  # whether weights in a prompt keep the mean of its features
 
     def __call__(self, embeddings: Tensor) -> Tensor:
-        """Context (B, L, D) of token embeddings (B, L, D)."""
+        """Return the context (B, L, D) of token embeddings (B, L, D)."""
 
 
 @dataclass
@@ -45,9 +48,10 @@ class LatentDiffusion:
     # Makes the variance of the latents about 1, as the noise schedule expects: at its end only
     # noise of variance 1 is left. 0.18215 in LDM and Stable Diffusion 1 and 2.
     scale_factor: float = 0.18215
-    fingerprint: str = ""  # tells base models apart, in fp32 and in fp16
+    fingerprint: str = ""  # identifies the base model, the same for its fp32 and fp16 files
     stored: str = ""  # precision of its file: "float16"
-    # What suits it, where that is not the paper's: steps, batch_size, lr, guidance_scale.
+    # The model's own defaults where they are not the paper's: steps, batch_size, lr,
+    # guidance_scale.
     defaults: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -63,22 +67,19 @@ class LatentDiffusion:
         """Of the UNet and the autoencoder; the text encoder always computes in float32."""
         return self.unet.out[2].weight.dtype
 
-    @property
-    def parameter_count(self) -> int:
-        modules = (self.unet, self.autoencoder, self.text_encoder)
-        return sum(p.numel() for m in modules for p in m.parameters())
-
     def __str__(self) -> str:
+        modules = (self.unet, self.autoencoder, self.text_encoder)
+        count = sum(p.numel() for m in modules for p in m.parameters())
         precision = str(self.dtype).removeprefix("torch.")
         return (
-            f"{self.name}: {self.family}, {self.parameter_count / 1e6:,.0f}M parameters, "
+            f"{self.name}: {self.family}, {count / 1e6:,.0f}M parameters, "
             f"{self.schedule.prediction}-prediction, {precision} on {self.device}"
         )
 
-    # ---------------------------------------------------------------------------------- text
+    # ------------------------------------------------------------------------------- text
 
     def placeholders(self, concepts: Sequence[Concept]) -> Placeholders:
-        """Each placeholder with the ids of its vectors: consecutive, from `vocab_size` on."""
+        """Return each placeholder with the ids of its vectors: consecutive, from vocab_size on."""
         ids: dict[str, range] = {}
         first = self.tokenizer.vocab_size
         for concept in concepts:
@@ -87,7 +88,7 @@ class LatentDiffusion:
         return ids
 
     def embed(self, ids: Tensor, vectors: Tensor | None) -> Tensor:
-        """Token embeddings (B, L, D) of ids (B, L): here v* enters (paper, figure 2).
+        """Return token embeddings (B, L, D) of ids (B, L): here v* enters (paper, figure 2).
 
         Ids from `vocab_size` on are looked up in `vectors` (V, D), in order; the others in the
         frozen table.
@@ -95,24 +96,26 @@ class LatentDiffusion:
         table = self.text_encoder.token_table
         if vectors is None:
             return F.embedding(ids, table)
-        new = ids >= self.tokenizer.vocab_size
-        frozen = F.embedding(ids.masked_fill(new, 0), table)
-        learnt = vectors[(ids - self.tokenizer.vocab_size).clamp(min=0)]
-        return torch.where(new[..., None], learnt, frozen)
+        new = ids - self.tokenizer.vocab_size  # negative for ordinary words
+        frozen = F.embedding(ids.masked_fill(new >= 0, 0), table)
+        # Trap: the gradient of vectors[new] is summed in an order that depends on the threads,
+        # that of F.embedding is not.
+        learnt = F.embedding(new.clamp(min=0), vectors)
+        return torch.where(new[..., None] >= 0, learnt, frozen)  # (B, L, D)
 
     def encode_text(self, prompts: Sequence[str], concepts: Sequence[Concept] = ()) -> Tensor:
-        """Context (B, L, D), float32, of prompts that may hold the concepts' placeholders.
+        """Return the context (B, L, D), float32, of prompts that may hold placeholders.
 
         Differentiable with respect to the concepts' vectors. What does not fit into L tokens is
-        cut off. Brackets are plain text: `encode_prompts` reads them as weights.
+        cut off. Brackets are plain text; `encode_prompts` reads them as weights.
         """
         placeholders = self.placeholders(concepts)
-        return self.encode_ids(
-            [self.tokenizer.token_ids(p, placeholders) for p in prompts], concepts
-        )
+        rows = [self.tokenizer.token_ids(prompt, placeholders) for prompt in prompts]
+        return self.encode_ids(rows, concepts)
 
     def encode_ids(self, rows: list[list[int]], concepts: Sequence[Concept]) -> Tensor:
-        """`encode_text` of ids, as many as there are, without start and end; equal rows once."""
+        """Return the context (B, L, D) of B rows of ids of any length, without start and end.
+        Equal rows are encoded once."""
         tokens = [tuple(self.tokenizer.pad(self.tokenizer.frame(ids))) for ids in rows]
         distinct = list(dict.fromkeys(tokens))
         ids = torch.tensor(distinct, device=self.device)
@@ -120,39 +123,101 @@ class LatentDiffusion:
         if concepts:
             vectors = torch.cat([c.vectors.to(self.device, torch.float32) for c in concepts])
         context = self.text_encoder(self.embed(ids, vectors))
-        return context[[distinct.index(row) for row in tokens]]
+        where = torch.tensor([distinct.index(row) for row in tokens], device=self.device)
+        return context.index_select(0, where)  # not context[where]: see the trap in `embed`
 
     def weighted_ids(self, prompt: str, concepts: Sequence[Concept]) -> list[tuple[int, float]]:
-        """The ids of a prompt, without start and end, each with its weight (models/prompts.py)."""
+        """Return the ids of a prompt, each with its weight, without start and end."""
         placeholders = self.placeholders(concepts)
-        if placeholders:  # one like [V] is no bracket
+        if placeholders:  # the brackets of a placeholder like [V] are no weight
             prompt = re.sub(any_of(placeholders), lambda word: escape(word[0]), prompt)
         pieces = split_weights(prompt)
         return [(i, w) for text, w in pieces for i in self.tokenizer.token_ids(text, placeholders)]
 
     def encode_prompts(self, prompts: Sequence[str], concepts: Sequence[Concept] = ()) -> Tensor:
-        """Context (B, L, D) as `encode_text` makes it, where brackets weigh what is in them.
+        """Return the context (B, L, D) as `encode_text` does, with brackets read as weights.
 
-        Each token's output is multiplied by its weight, then the whole prompt by what brings its
-        mean back to what it was: the rule of AUTOMATIC1111's web UI, which knows CLIP only. The
-        second half is left out for LDM's BERT: the bundled one's mean is 0 to a thousandth of its
-        deviation, and bringing that back multiplied whole prompts by -18. Raises ValueError for a
-        weight that is no number.
+        Each token's output is multiplied by its weight, then the whole prompt is scaled so that its
+        mean is what it was: the rule of AUTOMATIC1111's web UI, which knows CLIP only. BERT's mean
+        is close to 0, so LDM leaves the scaling out: it multiplied whole prompts by -18. Raises
+        ValueError for a weight that is no number.
         """
         rows = [self.weighted_ids(prompt, concepts) for prompt in prompts]
-        context = self.encode_ids([[i for i, _ in own] for own in rows], concepts)
+        context = self.encode_ids([[i for i, _ in row] for row in rows], concepts)
         weights = torch.ones(context.shape[:2])
-        for row, own in zip(weights, rows):
-            own = own[: len(row) - 2]
-            row[1 : 1 + len(own)] = torch.tensor([weight for _, weight in own])
+        for i, row in enumerate(rows):
+            row = row[: self.tokenizer.max_length - 2]
+            weights[i, 1 : 1 + len(row)] = torch.tensor([weight for _, weight in row])
         scaled = context * weights[..., None].to(context.device)
         if not self.text_encoder.restores_mean:
             return scaled
-        # The means are small beside what they are means of, hence float64, which MPS has not.
+        # A mean is small beside the numbers it is the mean of, hence float64, which MPS has not.
         before, after = (x.cpu().double().mean((1, 2), True) for x in (context, scaled))
         return scaled * (before / after).to(scaled)
 
-    # -------------------------------------------------------------------------------- images
+    def conditioning(
+        self, prompts: Sequence[str], concepts: Sequence[Concept] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """Return the context (P, L, D) of the prompts and that of the empty prompt (1, L, D), as
+        `guided` takes them. Checks the concepts and warns of prompts that are too long."""
+        self.check_concepts(concepts)
+        for prompt in prompts:
+            self.warn_if_cut(prompt, len(self.weighted_ids(prompt, concepts)))
+        return self.encode_prompts(prompts, concepts), self.encode_text([""])
+
+    def token_text(self, i: int, concepts: Sequence[Concept] = ()) -> str:
+        """Return the text of an id: the vocabulary's entry, or a word and its vector's number."""
+        for name, ids in self.placeholders(concepts).items():
+            if i in ids:
+                return f"{name}, vector {i - ids[0] + 1} of {len(ids)}"
+        return next(text for text, number in self.tokenizer.ids.items() if number == i)
+
+    # ----------------------------------------------------------------------------- checks
+
+    def known_ids(self, text: str) -> list[int]:
+        """Return the token ids of a text, without unknown tokens."""
+        tokenizer = self.tokenizer
+        return [i for i in tokenizer.token_ids(text) if i != tokenizer.unknown_id]
+
+    def check_placeholder(self, placeholder: str) -> None:
+        """Raise ValueError for a placeholder that is no single word, or that the model knows."""
+        fault = None
+        if not is_one_word(placeholder):
+            fault = "is empty or has a space in it"
+        elif placeholder.isalnum() and len(self.known_ids(placeholder)) == 1:
+            fault = "is an ordinary word of this model"
+        if fault:
+            raise ValueError(
+                f"placeholder {placeholder!r} {fault}; use one like <cat> (--placeholder '<cat>', "
+                "or --rename FILE='<cat>' for a finished word)"
+            )
+
+    def check_concepts(self, concepts: Sequence[Concept]) -> None:
+        """Raise ValueError for words of another model's width, and for unusable placeholders."""
+        width, seen = self.text_encoder.token_table.shape[1], set()
+        for concept in concepts:
+            if (theirs := concept.vectors.shape[1]) != width:
+                base = concept.metadata.get("base_model") or WIDTHS.get(theirs, "unknown")
+                raise ValueError(
+                    f"{concept.placeholder} has vectors {theirs} wide, this model's words are "
+                    f"{width} wide; it was learnt with another model ({base}), so give that with "
+                    "--model"
+                )
+            if concept.placeholder in seen:
+                raise ValueError(
+                    f"two words are called {concept.placeholder}; give one another name: "
+                    "--rename FILE='<another>'"
+                )
+            self.check_placeholder(concept.placeholder)
+            seen.add(concept.placeholder)
+
+    def warn_if_cut(self, prompt: str, count: int) -> None:
+        """Warn if a prompt of `count` tokens is longer than the text encoder reads."""
+        room = self.tokenizer.max_length - 2
+        if count > room:
+            warnings.warn(f"{prompt!r} has {count} tokens, only the first {room} are read")
+
+    # ----------------------------------------------------------------------------- images
 
     @property
     def unit(self) -> int:
@@ -160,7 +225,8 @@ class LatentDiffusion:
         return self.autoencoder.config.factor * 2 ** (len(self.unet.config.widths) - 1)
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of pictures of `size` (width, height) pixels."""
+        """Return (C, h, w) of the latents of pictures of `size` (width, height) pixels. Raises
+        ValueError for sizes that do not fit the model."""
         factor, unit = self.autoencoder.config.factor, self.unit
         if any(s < unit or s % unit for s in size):
             raise ValueError(
@@ -171,34 +237,35 @@ class LatentDiffusion:
 
     @torch.no_grad()
     def encode_moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation (B, C, h, w), scaled, float32, of images (B, 3, H, W) in
-        [-1, 1]. mean + std * noise is a sample of the latents z ~ E(x)."""
+        """Return mean and standard deviation (B, C, h, w), scaled, float32, of images (B, 3, H, W)
+        in [-1, 1]. mean + std * noise is a sample of the latents z ~ E(x)."""
         moments = self.autoencoder.encode(images.to(self.device, self.dtype))
         mean, std = (m.float() * self.scale_factor for m in moments)
         return mean, std
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Latents (B, C, h, w), scaled, float32, of images (B, 3, H, W) in [-1, 1]: the mean."""
+        """Return latents (B, C, h, w), scaled, float32, of images (B, 3, H, W) in [-1, 1]: the
+        mean."""
         return self.encode_moments(images)[0]
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1], float32, of scaled latents (B, C, h, w)."""
+        """Return images (B, 3, H, W) in [-1, 1], float32, of scaled latents (B, C, h, w)."""
         z = latents.to(self.device, torch.float32) / self.scale_factor
         return self.autoencoder.decode(z.to(self.dtype)).float().clamp(-1, 1)
 
-    # ------------------------------------------------------------------------------ guidance
+    # --------------------------------------------------------------------------- guidance
 
     @torch.no_grad()
     def guided(
         self, x_t: Tensor, t: Tensor, context: Tensor, uncond: Tensor, guidance_scale: float
     ) -> Tensor:
-        """Classifier-free guidance (Ho & Salimans 2021): the prediction, pushed away from the
-        one for `uncond`, the empty prompt. Scale 1 is no guidance; both halves run as one batch.
+        """Return the prediction by classifier-free guidance (Ho & Salimans 2021): pushed away from
+        the one for `uncond`, the empty prompt. Scale 1 is no guidance. Both run as one batch.
         """
         if guidance_scale == 1:
             return self.unet(x_t, t, context).float()
-        both = torch.cat([uncond.expand_as(context), context])
+        both = torch.cat([uncond.expand_as(context), context])  # (2B, L, D)
         prediction = self.unet(torch.cat([x_t, x_t]), torch.cat([t, t]), both).float()
         without, with_text = prediction.chunk(2)
         return without + guidance_scale * (with_text - without)

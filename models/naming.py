@@ -8,7 +8,9 @@ open_clip's and OpenAI's CLIP are renamed here, on whole dotted segments.
 import re
 from collections.abc import Iterable, Mapping
 
-from .reading import Tensors
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
 
 
 def count(keys: Iterable[str], pattern: str) -> int:
@@ -17,6 +19,7 @@ def count(keys: Iterable[str], pattern: str) -> int:
 
 
 def part(state: Tensors, prefix: str) -> Tensors:
+    """The tensors whose names begin with the prefix, without it."""
     return {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
 
 
@@ -123,19 +126,23 @@ def autoencoder_from_diffusers(state: Tensors) -> Tensors:
         return rename(re.sub(r"(down|up)_blocks\.(\d+)\.", level, key), VAE_NAMES)
 
     renamed = {name(k): v for k, v in state.items()}
-    return {
-        k: v.reshape(*v.shape, 1, 1) if ".attn_1." in k and len(v.shape) == 2 else v
-        for k, v in renamed.items()
-    }
+    for key, v in renamed.items():
+        if ".attn_1." in key and v.ndim == 2:
+            renamed[key] = v[:, :, None, None]
+    return renamed
 
 
 def clip_from_openai(state: Tensors) -> Tensors:
-    """open_clip's or OpenAI's names of one tower; the stacked in_proj is cut into q, k and v."""
+    """open_clip's or OpenAI's names of one tower; the stacked in_proj is cut into q, k and v. Sizes
+    (three scalars in OpenAI's .pt) and the mask that a traced module keeps are left out."""
+    unused = ("input_resolution", "context_length", "vocab_size", "attn_mask")
     renamed: Tensors = {}
     for key, tensor in state.items():
+        if key.endswith(unused):
+            continue
         key = rename(key, CLIP_NAMES)
         if match := re.fullmatch(r"(.+\.self_attn)\.in_proj_(weight|bias)", key):
-            for letter, third in zip("qkv", tensor.thirds()):
+            for letter, third in zip("qkv", tensor.chunk(3)):
                 renamed[f"{match[1]}.{letter}_proj.{match[2]}"] = third
         else:
             renamed[key] = tensor
@@ -144,35 +151,26 @@ def clip_from_openai(state: Tensors) -> Tensors:
 
 def text_from_transformers(state: Tensors) -> Tensors:
     """CLIP's text tower under `text_model.`, which some files leave out; no position_ids."""
-    return {
-        "text_model." + k.removeprefix("text_model."): v
-        for k, v in state.items()
-        if not k.endswith("position_ids")
-    }
+    named = {"text_model." + k.removeprefix("text_model."): v for k, v in state.items()}
+    return {k: v for k, v in named.items() if not k.endswith("position_ids")}
 
 
 def text_from_open_clip(state: Tensors) -> Tensors:
     """SD 2's text encoder. Its last block is left out: the model takes the one before."""
+    last = count(state, r"transformer\.resblocks\.(\d+)\.") - 1
     unused = ("text_projection", "logit_scale")
-    tower = {k: v for k, v in state.items() if k not in unused and not k.endswith("attn_mask")}
-    last = count(tower, r"transformer\.resblocks\.(\d+)\.") - 1
-    tower = {k: v for k, v in tower.items() if f".resblocks.{last}." not in k}
+    tower = {k: v for k, v in state.items() if f".resblocks.{last}." not in k and k not in unused}
     return text_from_transformers(clip_from_openai(tower))
 
 
 def towers_from_openai(state: Tensors) -> Tensors:
-    """OpenAI's layout in the names of `transformers`. Its two projections multiply from the right;
-    the .pt has three sizes as scalars, and a traced module keeps its mask beside its weights."""
-    unused = ("input_resolution", "context_length", "vocab_size")
-    state = {k: v for k, v in state.items() if k not in unused and not k.endswith("attn_mask")}
+    """OpenAI's layout in the names of `transformers`; its projections multiply from the right."""
     visual = part(state, "visual.")
     text = {k: v for k, v in state.items() if not k.startswith("visual.")}
-    projections = {
-        "visual_projection.weight": visual.pop("proj").transpose(),
-        "text_projection.weight": text.pop("text_projection").transpose(),
+    towers = {
+        "visual_projection.weight": visual.pop("proj").T,
+        "text_projection.weight": text.pop("text_projection").T,
         "logit_scale": text.pop("logit_scale"),
     }
-    towers = (("text_model", text), ("vision_model", visual))
-    return projections | {
-        f"{name}.{k}": v for name, tower in towers for k, v in clip_from_openai(tower).items()
-    }
+    towers |= {f"text_model.{k}": v for k, v in clip_from_openai(text).items()}
+    return towers | {f"vision_model.{k}": v for k, v in clip_from_openai(visual).items()}

@@ -1,53 +1,60 @@
-"""Text to token ids: BERT's WordPiece (LDM) and CLIP's byte-pair encoding (Stable Diffusion).
+"""Text to token ids: BERT's WordPiece (LDM) and CLIP's byte-pair encoding (Stable Diffusion), and
+weights in prompts.
 
-Both follow their original programs id by id. Placeholders, the new words of textual inversion,
-are cut out of the text before anything else sees it, so they are matched case-exactly, are never
-split, and any string will do, but not inside another word (paper, section 3: "a string containing
-our placeholder word is first converted into tokens").
+Placeholders, the new words of textual inversion, are cut out of the text before anything else reads
+it (paper, section 3: "a string containing our placeholder word is first converted into tokens").
+So they are matched case by case, are never split, and may be any string without spaces, but they
+are not found inside another word.
 """
 
 import gzip
-import html
+import math
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
 
-from .mending import fix_text
-
+VOCAB = Path(__file__).parent / "vocab"
 Placeholders = Mapping[str, Sequence[int]]  # {"<cat>": its V consecutive ids}
 
 
-def whole(word: str) -> str:
-    """A pattern for the word where it stands by itself: "my-cat" is not in "my-cats"."""
-    before = r"(?<!\w)" if re.match(r"\w", word) else ""
-    after = r"(?!\w)" if re.search(r"\w$", word) else ""
-    return before + re.escape(word) + after
-
-
 def any_of(words: Iterable[str]) -> str:
-    """A pattern with one group for any of the words, the longest that fits."""
+    """Return a pattern with one group for any of the words, the longest first, each only where it
+    stands by itself: "my-cat" is not found in "my-cats"."""
+
+    def whole(word: str) -> str:
+        before = r"(?<!\w)" if re.match(r"\w", word) else ""
+        after = r"(?!\w)" if re.search(r"\w$", word) else ""
+        return before + re.escape(word) + after
+
     return "(" + "|".join(map(whole, sorted(words, key=len, reverse=True))) + ")"
 
 
-class Tokenizer:
-    """What the two tokenizers share. Subclasses give `tokenize` and the special ids."""
+def is_one_word(placeholder: str) -> bool:
+    """Return whether a placeholder is neither empty nor has a space in it."""
+    return bool(placeholder) and not re.search(r"\s", placeholder)
 
+
+class Tokenizer:
+    """The base of both tokenizers. Subclasses define `tokenize` and the special ids."""
+
+    ids: dict[str, int]  # every token of the vocabulary
     vocab_size: int
     start_id: int
     end_id: int
     pad_id: int
+    unknown_id: int | None = None  # CLIP's tokenizer has none, it knows every byte
 
     def __init__(self, max_length: int):
         self.max_length = max_length
 
     def tokenize(self, text: str) -> list[int]:
-        """Ids of a piece of text, without start and end."""
+        """Return the ids of a text without placeholders, without start and end."""
         raise NotImplementedError
 
     def token_ids(self, text: str, placeholders: Placeholders = {}) -> list[int]:
-        """All ids of the text, placeholders expanded, without start and end, not truncated."""
+        """Return all ids of a text, placeholders expanded, without start and end, not cut off."""
         if not placeholders:
             return self.tokenize(text)
         ids: list[int] = []
@@ -56,11 +63,11 @@ class Tokenizer:
         return ids
 
     def encode(self, text: str, placeholders: Placeholders = {}) -> list[int]:
-        """Ids with start and end, at most `max_length` of them, without padding."""
+        """Return the ids with start and end, at most `max_length`, without padding."""
         return self.frame(self.token_ids(text, placeholders))
 
     def frame(self, ids: list[int]) -> list[int]:
-        """Start and end around as many of the ids as fit."""
+        """Return start, as many of the ids as fit, and end."""
         return [self.start_id, *ids[: self.max_length - 2], self.end_id]
 
     def pad(self, ids: list[int]) -> list[int]:
@@ -70,30 +77,19 @@ class Tokenizer:
 # ------------------------------------------------------------------------------------ WordPiece
 
 BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+BERT_SPECIAL_PATTERN = re.compile(r"(\[(?:PAD|UNK|CLS|SEP|MASK)\])")
 MAX_WORD = 100  # characters; longer words are unknown
-
-# Blocks of Chinese characters, each of which is a word of its own.
-CJK = (
-    (0x4E00, 0x9FFF),
-    (0x3400, 0x4DBF),
-    (0x20000, 0x2A6DF),
-    (0x2A700, 0x2B73F),
-    (0x2B740, 0x2B81F),
-    (0x2B820, 0x2CEAF),
-    (0xF900, 0xFAFF),
-    (0x2F800, 0x2FA1F),
+# Blocks of Chinese characters. Each character is a word of its own.
+CJK = re.compile(
+    "[\u4e00-\u9fff\u3400-\u4dbf\U00020000-\U0002a6df\U0002a700-\U0002b73f\U0002b740-\U0002b81f"
+    "\U0002b820-\U0002ceaf\uf900-\ufaff\U0002f800-\U0002fa1f]"
 )
 
 
-def is_punctuation(c: str) -> bool:
-    """Unicode punctuation, or any ASCII sign that is no letter, digit or space."""
-    return unicodedata.category(c)[0] == "P" or ("!" <= c <= "~" and not c.isalnum())
-
-
 class WordPieceTokenizer(Tokenizer):
-    """bert-base-uncased (Devlin et al. 2019), as the `tokenizers` library runs it.
+    """The tokenizer of bert-base-uncased (Devlin et al. 2019), as the `tokenizers` library runs it.
 
-    vocab: the tokens in the order of their ids, one a line in the published vocab.txt.
+    vocab: the tokens in the order of their ids, one per line in the published vocab.txt.
     """
 
     def __init__(self, vocab: Sequence[str], max_length: int = 77):
@@ -103,9 +99,8 @@ class WordPieceTokenizer(Tokenizer):
         missing = [token for token in BERT_SPECIAL if token not in self.ids]
         if missing:
             raise ValueError(f"not a WordPiece vocabulary: it has no {', '.join(missing)}")
-        self.pad_id, self.unknown_id, self.start_id, self.end_id, _ = (
-            self.ids[token] for token in BERT_SPECIAL
-        )
+        special = [self.ids[token] for token in BERT_SPECIAL]
+        self.pad_id, self.unknown_id, self.start_id, self.end_id, _ = special
 
     @classmethod
     def load(cls, path: str | Path, max_length: int = 77) -> "WordPieceTokenizer":
@@ -114,7 +109,7 @@ class WordPieceTokenizer(Tokenizer):
 
     def tokenize(self, text: str) -> list[int]:
         ids: list[int] = []
-        for piece in re.split(r"(\[(?:PAD|UNK|CLS|SEP|MASK)\])", text):
+        for piece in BERT_SPECIAL_PATTERN.split(text):
             if piece in BERT_SPECIAL:
                 ids.append(self.ids[piece])
             else:
@@ -124,23 +119,22 @@ class WordPieceTokenizer(Tokenizer):
 
     @staticmethod
     def split(text: str) -> list[str]:
-        """Lower-case words without accents; every punctuation mark is a word of its own."""
-        spaced = []
-        for c in text:
-            if c in "\t\n\r" or unicodedata.category(c) in ("Zs", "Zl", "Zp"):
-                spaced.append(" ")
-            elif unicodedata.category(c) in ("Cc", "Cf", "Co", "Cs") or c == "\ufffd":
-                continue  # control characters and their like vanish, unassigned ones do not
-            elif any(low <= ord(c) <= high for low, high in CJK):
-                spaced.append(f" {c} ")
-            else:
-                spaced.append(c)
-        plain = unicodedata.normalize("NFD", "".join(spaced))
-        plain = "".join(c.lower() for c in plain if unicodedata.category(c) != "Mn")
+        """Return lower-case words without accents. Each punctuation mark is a word."""
+        category = unicodedata.category
+        text = re.sub(r"[\t\n\r]", " ", text).replace("\ufffd", "")
+        # Control characters and their like vanish, unassigned characters do not.
+        text = "".join(c for c in text if category(c) not in ("Cc", "Cf", "Co", "Cs"))
+        text = CJK.sub(r" \g<0> ", text)
+        plain = unicodedata.normalize("NFD", text)
+        plain = "".join(c.lower() for c in plain if category(c) != "Mn")
+
+        def is_punctuation(c: str) -> bool:
+            return category(c)[0] == "P" or ("!" <= c <= "~" and not c.isalnum())
+
         return "".join(f" {c} " if is_punctuation(c) else c for c in plain).split()
 
     def split_word(self, word: str) -> list[int]:
-        """The longest piece in the vocabulary, then the longest of the rest, and so on."""
+        """Return the longest piece in the vocabulary, then the longest of the rest, and so on."""
         pieces, start = [], 0
         while start < len(word):
             prefix = "##" if start else ""
@@ -155,47 +149,37 @@ class WordPieceTokenizer(Tokenizer):
 
 # ------------------------------------------------------------------- CLIP's byte-pair encoding
 
-MERGES = Path(__file__).parent / "vocab" / "clip_merges.txt.gz"
-OPENAI_SPECIAL = ("<|startoftext|>", "<|endoftext|>")
-OPEN_CLIP_SPECIAL = ("<start_of_text>", "<end_of_text>")
-# One printable character for each byte: itself, or for the 68 unprintable ones the next free one.
+CLIP_SPECIAL = ("<|startoftext|>", "<|endoftext|>")
+# One printable character for each byte: itself, or the next free one for the 68 unprintable ones.
 PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), 256)]
 BYTES = {b: chr(b) for b in PRINTABLE}
 BYTES |= {b: chr(256 + i) for i, b in enumerate(sorted(set(range(256)) - set(PRINTABLE)))}
+# Python's \w counts "_" among the letters and its \s counts four control characters among the
+# spaces; CLIP does not.
+CLIP_WORDS = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W_]+|(?:[^\w\s]|[_\x1c-\x1f])+")
 
 
 class CLIPTokenizer(Tokenizer):
-    """CLIP's byte-pair encoding (Radford et al. 2021), as OpenAI's and open_clip's code run it.
+    """CLIP's byte-pair encoding (Radford et al. 2021), as `transformers` 5 runs it.
 
-    merges: pairs of symbols that become one, the most frequent first. The ids follow from them:
-    256 bytes, 256 bytes that end a word, one symbol per merge, start, end. pad_id is end_id in
-    Stable Diffusion 1 and 0 in 2. special: how start and end are written where a prompt spells
-    them out; OPEN_CLIP_SPECIAL with Stable Diffusion 2 as a single file.
+    merges: pairs of symbols that become one, the most frequent first. The ids follow from them: 256
+    bytes, 256 bytes that end a word, one symbol per merge, start, end. pad_id: end_id in Stable
+    Diffusion 1, 0 in 2.
     """
 
     def __init__(
-        self,
-        merges: Sequence[tuple[str, str]],
-        max_length: int = 77,
-        pad_id: int | None = None,
-        special: tuple[str, str] = OPENAI_SPECIAL,
+        self, merges: Sequence[tuple[str, str]], max_length: int = 77, pad_id: int | None = None
     ):
         super().__init__(max_length)
         symbols = [*BYTES.values(), *(symbol + "</w>" for symbol in BYTES.values())]
         symbols += [first + second for first, second in merges]
-        self.ids = {symbol: i for i, symbol in enumerate([*symbols, *special])}
+        self.ids = {symbol: i for i, symbol in enumerate([*symbols, *CLIP_SPECIAL])}
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
-        self.start_id, self.end_id = (self.ids[token] for token in special)
+        self.start_id, self.end_id = (self.ids[token] for token in CLIP_SPECIAL)
         self.pad_id = self.end_id if pad_id is None else pad_id
         self.vocab_size = len(symbols) + 2
-        # Letters and digits, or other signs; \w counts "_" among the former, CLIP does not.
-        # U+0345, a mark whose capital is a letter, is neither to the module `regex` it uses.
-        self.pattern = re.compile(
-            "|".join(map(re.escape, special))
-            + r"|'s|'t|'re|'ve|'m|'ll|'d|[^\W_]+|(?:[^\w\s\u0345]|_)+",
-            re.IGNORECASE,
-        )
-        self.cache = {token: [self.ids[token]] for token in special}
+        self.special = re.compile("(" + "|".join(map(re.escape, CLIP_SPECIAL)) + ")")
+        self.cache: dict[str, list[int]] = {}
 
     @classmethod
     def load(
@@ -204,13 +188,13 @@ class CLIPTokenizer(Tokenizer):
         max_length: int = 77,
         pad_id: int | None = None,
         vocab_size: int | None = None,
-        special: tuple[str, str] = OPENAI_SPECIAL,
     ) -> "CLIPTokenizer":
-        """CLIP's own merges, or a merges.txt, or the folder it is in; all that `vocab_size` holds.
+        """Load CLIP's own merges, or a merges.txt, or the folder it is in; only as many merges as
+        `vocab_size` has room for. Raises ValueError if the file is no list of merges.
 
         The vocab.json of such a folder only repeats the order that follows from the merges.
         """
-        path = Path(path or MERGES)
+        path = Path(path or VOCAB / "clip_merges.txt.gz")
         path = path / "merges.txt" if path.is_dir() else path
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         lines = data.decode("utf-8").split("\n")
@@ -218,22 +202,28 @@ class CLIPTokenizer(Tokenizer):
         merges = [tuple(line.split()) for line in lines if line]
         if any(len(pair) != 2 for pair in merges):
             raise ValueError(f"not a list of merges, two symbols a line: {path}")
-        limit = None if vocab_size is None else max(0, vocab_size - 2 * len(BYTES) - len(special))
-        return cls(merges[:limit], max_length, pad_id, special)
+        limit = None if vocab_size is None else max(0, vocab_size - 2 * len(BYTES) - 2)
+        return cls(merges[:limit], max_length, pad_id)
 
     def tokenize(self, text: str) -> list[int]:
-        text = html.unescape(html.unescape(fix_text(text)))
         ids: list[int] = []
-        for piece in self.pattern.findall(" ".join(text.split()).lower()):
-            # Every digit is a word of its own: Unicode's class N, which isnumeric() is but for
-            # ideographs such as 一, letters at the same time.
-            for digit, chars in groupby(piece, lambda c: c.isnumeric() and not c.isalpha()):
-                for word in chars if digit else ["".join(chars)]:
-                    ids += self.split_word(word)
+        for piece in self.special.split(text):
+            if piece in CLIP_SPECIAL:
+                ids.append(self.ids[piece])
+                continue
+            # Character by character: str.lower would also turn a last capital sigma into ς.
+            piece = "".join(c.lower() for c in unicodedata.normalize("NFC", piece))
+            for word in CLIP_WORDS.findall(piece):
+                # Every digit is a word: Unicode's class N, which is isnumeric() without
+                # ideographs such as 一, which are letters at the same time.
+                for digit, chars in groupby(word, lambda c: c.isnumeric() and not c.isalpha()):
+                    for part in chars if digit else ["".join(chars)]:
+                        ids += self.split_word(part)
         return ids
 
     def split_word(self, word: str) -> list[int]:
-        """Starting from bytes, always joins the pair that comes first in the merges."""
+        """Return the ids of a word: starting from bytes, join the pair that ranks first, again and
+        again."""
         if word not in self.cache:
             parts = [BYTES[b] for b in word.encode("utf-8")]
             parts[-1] += "</w>"
@@ -247,3 +237,68 @@ class CLIPTokenizer(Tokenizer):
                 parts = joined
             self.cache[word] = [self.ids[part] for part in parts]
         return self.cache[word]
+
+
+# ----------------------------------------------------------------------------- weights in prompts
+
+# As AUTOMATIC1111's web UI reads them (paper, appendix G: a word that takes over the prompt can be
+# turned down by "prompt re-weighting"):
+#     a (word)       1.1 times as strong          a [word]      weaker by the same factor
+#     a (word:1.3)   1.3 times; brackets nest     a \(word\)    plain brackets
+# `LatentDiffusion.encode_prompts` applies the weights to the text encoder's output.
+BRACKET = 1.1
+PROMPT_PARTS = re.compile(
+    r"\\[()\[\]\\]?"  # an escaped bracket or backslash; a backslash alone is dropped
+    r"|[(\[]"
+    r"|:\s*[+-]?[.\d]+\s*\)"  # the number that a round bracket may end with
+    r"|[)\]:]"
+    r"|[^\\()\[\]:]+"
+)
+
+
+def split_weights(prompt: str) -> list[tuple[str, float]]:
+    """Return the prompt as pieces of text with one weight each, brackets and escapes resolved.
+
+    A bracket that is never closed reaches to the end; one that was never opened is plain text.
+    Raises ValueError for a weight that is no number, or too large for one.
+    """
+    pieces: list[tuple[str, float]] = []
+    opened: dict[str, list[int]] = {"(": [], "[": []}  # where in `pieces` each one begins
+
+    def close(bracket: str, factor: float) -> None:
+        first = opened[bracket].pop()
+        pieces[first:] = [(text, weight * factor) for text, weight in pieces[first:]]
+
+    for part in PROMPT_PARTS.findall(prompt):
+        if part in opened:
+            opened[part].append(len(pieces))
+        elif part == "]" and opened["["]:
+            close("[", 1 / BRACKET)
+        elif part == ")" and opened["("]:
+            close("(", BRACKET)
+        elif part[0] == ":" and part[-1] == ")" and opened["("]:
+            try:
+                close("(", float(part[1:-1]))
+            except ValueError:
+                raise ValueError(
+                    f"{prompt[:80]!r}: {part[1:-1].strip()!r} is no weight; write (word:1.2)"
+                ) from None
+        else:
+            pieces.append((part[1:] if part[0] == "\\" else part, 1.0))
+    for bracket, factor in (("(", BRACKET), ("[", 1 / BRACKET)):
+        while opened[bracket]:
+            close(bracket, factor)
+    if not all(math.isfinite(weight) for _, weight in pieces):
+        raise ValueError(f"{prompt[:80]!r}: a weight is too large; the useful ones are 0.5 to 1.5")
+    runs = groupby(pieces, key=lambda piece: piece[1])
+    return [("".join(text for text, _ in run), weight) for weight, run in runs]
+
+
+def escape(text: str) -> str:
+    """Return the text with its brackets escaped, so that they are read as plain text."""
+    return re.sub(r"([()\[\]\\])", r"\\\1", text)
+
+
+def without_weights(prompt: str) -> str:
+    """Return the prompt's text without brackets and weights."""
+    return "".join(text for text, _ in split_weights(prompt))

@@ -8,14 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
 import textinv
-from models import command_line, evaluation
+from models import runs
 
 ROOT = Path(__file__).resolve().parent.parent
 MUSHROOM = ROOT / "examples" / "concepts" / "mushroom"
@@ -94,7 +93,7 @@ def test_mistakes_are_one_line_and_exit_status_2_of_the_process(tmp_path, argume
         (["--placeholder", "my cat"], "has a space in it; use one like <cat>"),
         (["--placeholder", ""], "is empty"),
         (["--placeholder", "cat"], "is an ordinary word of this model"),
-        (["--templates", "nofile.txt"], "use object, style, captions, a file"),
+        (["--templates", "nofile.txt"], "object, style, captions (cat.txt beside cat.jpg), a file"),
         (["--templates", "captions"], "1.txt"),
         (["--device", "abacus"], "use cuda, mps or cpu"),
         (["--out", "word.doc"], "possible are .safetensors, .pt, .png"),
@@ -125,7 +124,7 @@ def test_mistakes_in_learning(tmp_path, monkeypatch, capsys, change, says):
         (["--guidance", "nan"], "guidance_scale is nan"),
         (["--concept", "nowhere.safetensors"], "No such file"),
         (["--rename", "a=b"], "no word or file of that name"),
-        (["--out", "a.jpg"], "is no .png"),
+        (["--out", "a.jpg"], "is not a .png file"),
     ],
 )
 def test_mistakes_in_drawing(tmp_path, monkeypatch, capsys, change, says):
@@ -159,32 +158,6 @@ def test_bad_folders_and_pictures(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # as 20,000 x 20,000 to the true limit
     Image.new("RGB", (100, 100)).save(huge / "bomb.png")
     assert "decompression bomb" in mistake(capsys, *learn(huge))
-
-
-def test_odd_pictures_are_taken(tmp_path):
-    rgb = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30, 3), np.uint8))
-    rgb.convert("CMYK").save(tmp_path / "cmyk.jpg")
-    rgb.convert("P").save(tmp_path / "palette.png", transparency=0)
-    Image.fromarray(np.full((9, 9), 40_000, np.uint16)).save(tmp_path / "deep.png")
-    rgb.save(tmp_path / "moving.gif", save_all=True, append_images=[rgb.rotate(90)])
-    rgb.convert("LA").save(tmp_path / "gray-alpha.png")
-    Image.new("1", (1, 1), 1).save(tmp_path / "dot.png")
-    with pytest.warns(UserWarning, match="dot.png has 1x1 pixels, enlarged"):
-        pixels = textinv.prepare_images(tmp_path, 8)
-    assert pixels.shape == (6, 3, 8, 8)
-    plain = textinv.prepare_images([rgb], 8)[0]
-    means = {p.name: q.mean().item() for p, q in zip(textinv.find_images(tmp_path), pixels)}
-    for name in ("cmyk.jpg", "moving.gif", "gray-alpha.png"):
-        assert means[name] == pytest.approx(plain.mean().item(), abs=0.1), name
-    assert means["deep.png"] == pytest.approx(40_000 / 32768 - 1, abs=0.01)
-    light = textinv.open_image(Image.fromarray(np.full((2, 2), 0.5, np.float32)))
-    assert light.getpixel((0, 0)) == (127, 127, 127)
-
-
-def test_damaged_exif_does_not_stop_a_picture(tmp_path):
-    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png", exif=b"no exif at all")
-    with pytest.warns(UserWarning, match="damaged EXIF"):
-        assert textinv.open_image(tmp_path / "a.png").getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_the_word_is_not_written_among_the_pictures(tmp_path, monkeypatch, capsys):
@@ -223,15 +196,15 @@ def test_a_full_disk_is_said_before_the_first_step(tmp_path, capsys, monkeypatch
 
 def test_nan_keeps_the_last_good_word(tmp_path, capsys, monkeypatch):
     model = textinv.load_model(device="cpu", dtype=torch.float32)
-    monkeypatch.setattr(command_line, "load_model", lambda *_: model)
-    row = command_line.row
+    monkeypatch.setattr(textinv, "load_model", lambda *_: model)
+    table_row = runs.table_row
 
-    def break_after_two(state, start):
+    def break_after_two(state):
         if state.step == 2:
             model.unet.out[2].bias.data[0] = torch.nan
-        return row(state, start)
+        return table_row(state)
 
-    monkeypatch.setattr(command_line, "row", break_after_two)
+    monkeypatch.setattr(runs, "table_row", break_after_two)
     out = tmp_path / "m.safetensors"
     said = mistake(capsys, *LEARN, "--steps", "9", "--out", out)
     assert "step 3: the UNet gave NaN or infinity" in said and "--precision" in said
@@ -249,11 +222,11 @@ def test_nan_keeps_the_last_good_word(tmp_path, capsys, monkeypatch):
     ],
 )
 def test_out_of_memory_says_what_helps(capsys, monkeypatch, error):
-    def fail(args):
+    def fail(*_):
         raise error
 
-    monkeypatch.setattr(command_line, "run_sample", fail)
-    assert "what helps: a smaller -n or --size" in mistake(capsys, "sample", "a cat")
+    monkeypatch.setattr(textinv, "load_model", fail)
+    assert "what helps: --precision bf16, a smaller -n" in mistake(capsys, "sample", "a cat")
 
 
 def test_several_words_clash_until_one_is_renamed(word, tmp_path, capsys):
@@ -297,20 +270,22 @@ def test_one_of_several_words_is_converted_by_name(tmp_path, capsys):
 
 
 def test_show_looks_into_words_checkpoints_and_prompts(word, capsys):
-    assert textinv.main(["show", word, "--device", "cpu"]) == 0
+    assert textinv.main(["show", "--word", word, "--device", "cpu"]) == 0
     said = capsys.readouterr().out
     assert "<m>: 1 vector(s) of 192 numbers" in said and "nearest: plant" in said
     assert "init_word: plant" in said and "norm" in said
-    assert textinv.main(["show", str(TINY / "sd2" / "model.safetensors"), "--device", "cpu"]) == 0
+    checkpoint = str(TINY / "sd2" / "model.safetensors")
+    assert textinv.main(["show", "--model", checkpoint, "--device", "cpu"]) == 0
     said = capsys.readouterr().out
     assert "sd2" in said and "-prediction" in said and "stored as float16" in said
     assert "unet" in said and "M parameters" in said
-    prompt = ["show", "a cat <m>", "--concept", word, "--device", "cpu"]
+    prompt = ["show", "--prompt", "a (cat:1.5) <m>", "--concept", word, "--device", "cpu"]
     assert textinv.main(prompt) == 0
     said = capsys.readouterr().out
-    assert " cat\n" in said and "<m>, vector 1 of 1" in said
-    assert "no such file" in mistake(capsys, "show", "nowhere.safetensors")
-    assert textinv.main(["show", "cat " * 200, "--device", "cpu"]) == 0
+    assert " cat x 1.50\n" in said and "<m>, vector 1 of 1" in said
+    assert "No such file" in mistake(capsys, "show", "--word", "nowhere.safetensors")
+    assert "give --word FILE, --model PATH or --prompt TEXT" in mistake(capsys, "show")
+    assert textinv.main(["show", "--prompt", "cat " * 200, "--device", "cpu"]) == 0
     said = capsys.readouterr()
     assert "only the first 22 are read" in said.err and said.out.count(" cat\n") == 22
 
@@ -320,119 +295,28 @@ def test_captions_beside_the_pictures_are_templates(tmp_path):
     (tmp_path / "a.txt").write_text("{} on a table\n\na {} seen from above\n")
     (tmp_path / "b.txt").write_text("no place for the word")
     with pytest.raises(ValueError, match="b.txt: 'no place for the word' has no {}"):
-        command_line.read_templates("captions", pictures)
+        textinv.read_templates("captions", pictures)
     (tmp_path / "b.txt").write_text("{}\n")
-    texts = command_line.read_templates("captions", pictures)
+    texts = textinv.read_templates("captions", pictures)
     assert texts == [["{} on a table", "a {} seen from above"], ["{}"]]
-    assert command_line.read_templates(str(tmp_path / "a.txt"), pictures) == texts[0]
-    assert command_line.read_templates("{}", pictures) == ["{}"]
+    assert textinv.read_templates(str(tmp_path / "a.txt"), pictures) == texts[0]
+    assert textinv.read_templates("{}", pictures) == ["{}"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process has a peak of its own")
 def test_the_peak_of_memory_is_not_that_of_the_process_before():
-    child = "from models.command_line import *; print(peak_memory(torch.device('cpu')))"
+    child = "import torch; from models.runs import *; print(peak_memory(torch.device('cpu')))"
     parent = "import subprocess, sys; big = b'x' * (3 << 29); "
     parent += f"print(subprocess.check_output([sys.executable, '-c', {child!r}], text=True))"
     said = subprocess.check_output([sys.executable, "-c", parent], cwd=ROOT, text=True)
     assert 0.1 <= float(said.split()[0]) < 1.2
 
 
-def test_a_chart_without_matplotlib_costs_only_the_chart(tmp_path, monkeypatch):
-    (tmp_path / "matplotlib.py").write_text("raise ImportError('No module named matplotlib')")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    table = tmp_path / "scores.csv"
-    table.write_text("setup,name,kind,prompt,score\no,cat,reconstruction,,1\no,cat,style,a {},1\n")
-    with pytest.warns(UserWarning, match="no chart: No module named matplotlib; pip install"):
-        command_line.draw_chart(table, tmp_path / "chart.png")
-    assert not (tmp_path / "chart.png").exists()
-
-
-def test_evaluate_measures_words_and_references(word, tmp_path, capsys):
-    (tmp_path / "prompts.txt").write_text("background: {} on the beach\nstyle: a sketch of {}\n")
-    (tmp_path / "captions.txt").write_text("a red mushroom\n" + "a very long story " * 4)
-    out = tmp_path / "scores.csv"
-    arguments = ["evaluate", word, "--images", str(MUSHROOM), "-n", "2", "--steps", "1"]
-    arguments += ["--prompts", str(tmp_path / "prompts.txt"), "--references", "--device", "cpu"]
-    arguments += ["--captions", str(tmp_path / "captions.txt"), "--out", str(out)]
-    assert textinv.main([*arguments, "--chart", str(tmp_path / "chart.png")]) == 0
-    rows = list(csv.DictReader(out.read_text().splitlines()))
-    setups = dict.fromkeys(row["setup"] for row in rows)
-    folder = Path(word).parent.name
-    assert [*setups] == [folder, "image only", "prompt only", "short captions", "long captions"]
-    assert len(rows) == 3 * len(setups)
-    assert all(-1 <= float(row["score"]) <= 1 for row in rows)
-    said = capsys.readouterr()
-    assert "reconstruction" in said.out
-    assert Image.open(tmp_path / "chart.png").width > 200
-    assert "--overwrite" in mistake(capsys, *arguments)
-    assert "give words, --references" in mistake(
-        capsys, "evaluate", "--images", MUSHROOM, "--out", tmp_path / "n.csv"
-    )
-
-
-def test_edit_repaints_inside_the_mask(tmp_path, capsys):
-    picture, mask, out = tmp_path / "a.png", tmp_path / "mask.png", tmp_path / "b.png"
-    Image.open(MUSHROOM / "1.png").save(picture)
-    white = Image.new("L", (64, 64))
-    white.paste(255, (20, 20, 44, 44))
-    white.save(mask)
-    arguments = ["edit", picture, "a (tomato:1.2)", "--mask", mask, "--steps", "2", "--out", out]
-    assert textinv.main([str(a) for a in arguments]) == 0
-    before, after = (np.asarray(Image.open(p).convert("RGB")) for p in (picture, out))
-    changed = (before != after).any(-1)
-    assert changed[20:44, 20:44].mean() > 0.5 and changed.sum() == changed[20:44, 20:44].sum()
-    assert json.loads(Image.open(out).text["settings"])["mask"] == str(mask)
-    capsys.readouterr()
-    assert "--overwrite" in mistake(capsys, *arguments)
-    arguments[-1] = tmp_path / "c.png"
-    assert "mask has 64x64" in mistake(capsys, "edit", word_png(tmp_path), *arguments[2:])
-    assert "nowhere.png" in mistake(capsys, "edit", "nowhere.png", *arguments[2:])
-    assert "is no weight" in mistake(capsys, "edit", picture, "a (cat:1.2.3)", *arguments[3:])
-
-
 def test_a_faulty_weight_is_said_before_anything_is_drawn(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(command_line, "load_for", None)
+    monkeypatch.setattr(textinv, "load_for", None)
     draw = ["sample", "a cat", "a (dog:1.2.3)", "--singles", tmp_path / "all"]
     assert "is no weight" in mistake(capsys, *draw, "--out", tmp_path / "a.png")
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("style: a sketch of {}\nstyle: a (photo:1.2.3) of {}\n")
-    measure = ["evaluate", "--references", "--images", MUSHROOM, "--prompts", prompts]
-    assert "is no weight" in mistake(capsys, *measure, "--out", tmp_path / "a.csv")
-    assert [*tmp_path.iterdir()] == [prompts]
-
-
-def word_png(folder: Path) -> Path:
-    path = folder / "large.png"
-    Image.new("RGB", (80, 80)).save(path)
-    return path
-
-
-def test_keep_writes_the_pictures_that_clip_ranks_first(tmp_path, capsys, monkeypatch):
-    """The scores are transformers-tested; here the order: kept are the best of all, best first."""
-    scored = []
-
-    def rank(scorer, images, text):
-        scored.append((list(images), text))
-        order = evaluation.rank(scorer, images, text)
-        scored[-1] += (order,)
-        return order
-
-    monkeypatch.setattr(command_line, "rank", rank)
-    draw = ["sample", "a (cat:1.1)", "-n", "4", "--steps", "2", "--singles", str(tmp_path / "all")]
-    assert textinv.main([*draw, "--keep", "2", "--out", str(tmp_path / "a.png")]) == 0
-    images, text, order = scored[0]
-    assert text == "a cat" and sorted(order) == [0, 1, 2, 3]
-    files = sorted((tmp_path / "all").iterdir())
-    assert [np.asarray(Image.open(f)).tolist() for f in files] == [
-        np.asarray(images[i]).tolist() for i in order[:2]
-    ]
-    seeds = [json.loads(Image.open(f).text["settings"])["seed"] for f in files]
-    assert seeds == order[:2]
-    whole = Image.open(tmp_path / "a.png")
-    assert whole.width == 2 * 64 + 2
-    assert json.loads(whole.text["settings"])["seeds"] == seeds
-    assert "add that" in mistake(capsys, *draw, "--clip", "x.pt", "--out", "b.png")
-    assert "--keep 9 of -n 4" in mistake(capsys, *draw, "--keep", "9", "--out", "b.png")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_the_command_to_try_next_works_as_it_stands(tmp_path, capsys, monkeypatch):
@@ -451,15 +335,3 @@ def test_the_command_to_try_next_works_as_it_stands(tmp_path, capsys, monkeypatc
 def test_resume_and_overwrite_exclude_each_other(tmp_path, capsys):
     out = str(tmp_path / "m.safetensors")
     assert mistake(capsys, *LEARN, "--out", out, "--resume", "--overwrite").count("--resume") == 1
-
-
-def test_what_cannot_be_measured_is_said_before_anything_is(tmp_path, capsys, word):
-    empty = tmp_path / "pictures" / Path(word).stem
-    empty.mkdir(parents=True)
-    table = tmp_path / "scores.csv"
-    command = ["evaluate", word, "--images", str(empty), "--out", str(table), "-n", "1"]
-    assert "no pictures" in mistake(capsys, *command)
-    wide = tmp_path / "wide.safetensors"
-    textinv.Concept("<wide>", torch.zeros(1, 7)).save(wide)
-    command = ["evaluate", word, str(wide), "--images", str(MUSHROOM), "--out", str(table)]
-    assert "7 wide" in mistake(capsys, *command) and not table.exists()

@@ -1,5 +1,8 @@
 """The method itself, on the bundled model: real training and sampling, few steps."""
 
+import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -8,7 +11,6 @@ import pytest
 import torch
 from elsewhere import elsewhere
 from helpers import EXACT, GOLDEN, assert_close_std
-from PIL import Image
 from safetensors.torch import load_file
 
 import textinv
@@ -136,14 +138,14 @@ def test_per_image_words_learn_beside_the_shared_one(model):
         assert word.vectors.grad is not None
         assert (word.vectors.detach() - mean).abs().max() > 0
     words = [state.concept, *state.image_words]
-    assert textinv.prompt_for("a photo of {}", words, 1) == "a photo of <m> with <m>-2"
+    assert textinv.fill_template("a photo of {}", words, 1) == "a photo of <m> with <m>-2"
 
 
 def test_templates_may_differ_from_picture_to_picture(model):
     captions = [[f"{{}} number {i}"] for i in range(5)]
-    assert textinv.texts_by_picture(captions, 5)[3] == ["{} number 3"]
+    assert textinv.templates_by_picture(captions, 5)[3] == ["{} number 3"]
     with pytest.raises(ValueError, match="captions for 5 pictures, but 4"):
-        textinv.texts_by_picture(captions, 4)
+        textinv.templates_by_picture(captions, 4)
     with pytest.raises(ValueError, match="needs a {}"):
         textinv.invert(model, MUSHROOM, "plant", templates=["a photo"], steps=1)
     textinv.invert(model, MUSHROOM, "plant", templates=["{} {braces}"], steps=1, batch_size=1)
@@ -166,7 +168,7 @@ def test_fp16_keeps_the_gradient():
         gradients[dtype] = state.concept.vectors.grad
     a, b = gradients.values()
     assert torch.cosine_similarity(a, b).item() > 0.999999
-    assert (b.norm() / a.norm()).item() == pytest.approx(1, abs=1e-4)
+    assert (b.norm() / a.norm()).item() == pytest.approx(1, abs=1e-3)  # 2e-4 on some processors
 
 
 @pytest.mark.parametrize("part", ["text encoder", "UNet", "autoencoder"])
@@ -248,39 +250,6 @@ def test_concept_round_trip_and_no_silent_overwrite(model, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["word.safetensors"]
 
 
-def test_images_are_upright_square_and_on_white(tmp_path):
-    wide = np.zeros((60, 120, 3), np.uint8)
-    wide[:, 60:] = 255
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held upright: turn clockwise by 90 degrees
-    Image.fromarray(wide).save(tmp_path / "phone.jpg", exif=exif, quality=95)
-    turned = textinv.open_image(tmp_path / "phone.jpg")
-    assert turned.size == (60, 120) and turned.getpixel((30, 10)) < (10, 10, 10)
-    clear = Image.new("RGBA", (10, 10), (255, 0, 0, 0))
-    assert textinv.open_image(clear).getpixel((5, 5)) == (255, 255, 255)
-    circle = Image.new("RGB", (300, 100), "red")
-    circle.paste("blue", (100, 0, 200, 100))
-    pixels = textinv.prepare_images([circle], 32)
-    assert pixels.shape == (1, 3, 32, 32)
-    assert pixels[0, 2].mean() > 0.9  # only the middle square is left
-
-
-def test_folders_skip_what_is_no_picture_and_name_what_is_broken(tmp_path):
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    (tmp_path / ".DS_Store").write_bytes(b"x")
-    (tmp_path / "notes.txt").write_text("x")
-    with pytest.warns(UserWarning, match="skipped") as seen:
-        assert [p.name for p in textinv.find_images(tmp_path)] == ["a.png"]
-    assert len(seen) == 2
-    (tmp_path / "b.jpg").write_bytes(b"no jpeg")
-    with pytest.raises(ValueError, match="b.jpg"):
-        textinv.prepare_images([tmp_path / "b.jpg"], 8)
-    with pytest.raises(ValueError, match="no pictures"):
-        empty = tmp_path / "empty"
-        empty.mkdir()
-        textinv.find_images(empty)
-
-
 @pytest.mark.parametrize("placeholder", ["", "a cat", "apple"])
 def test_unusable_placeholders_are_refused(model, placeholder):
     with pytest.raises(ValueError, match="placeholder"):
@@ -325,11 +294,6 @@ def test_words_of_another_width_or_twice_the_same_are_refused(model):
         textinv.sample(model, "a cat", [textinv.Concept("cat", word.vectors)], steps=1)
 
 
-def test_unknown_words_are_named():
-    known = textinv.Concept("<cat>", torch.zeros(1, 4))
-    assert textinv.unknown_words(["a <cat> by <dog>", "a <dog>"], [known]) == ["<dog>"]
-
-
 def test_a_word_that_is_cut_in_two_is_refused(model):
     """Its last vectors would never be read."""
     room = model.tokenizer.max_length - 2
@@ -337,6 +301,131 @@ def test_a_word_that_is_cut_in_two_is_refused(model):
     textinv.train(model, MUSHROOM, "plant", vectors=2, templates=[template])
     with pytest.raises(ValueError, match="do not fit into 22 tokens"):
         textinv.train(model, MUSHROOM, "plant", vectors=3, templates=[template])
+
+
+# ------------------------------------------------------------------------------ early stopping
+
+
+def converged_after(losses) -> int | None:
+    """After how many of the losses training has converged."""
+    counts = range(1, len(losses) + 1)
+    return next((n for n in counts if textinv.converged(losses[:n])), None)
+
+
+def test_it_converges_when_the_last_losses_vary_little_beside_all():
+    falling, window = [1 / n for n in range(1, 200)], textinv.STOP_WINDOW
+    ratios = [
+        np.var(falling[n - window : n], ddof=1) / np.var(falling[:n], ddof=1)
+        for n in range(window, 200)
+    ]
+    first = next(i for i, ratio in enumerate(ratios) if ratio < textinv.STOP_SHARE)
+    assert converged_after(falling) == first + window
+
+
+def test_it_does_not_converge_where_the_loss_only_wavers_or_is_too_short():
+    window = textinv.STOP_WINDOW
+    assert converged_after([0.3, 0.31] * 50) is None
+    assert converged_after([1.0, *[0.5] * (window - 2)]) is None
+    assert converged_after([1.0, *[0.5] * window]) == window + 1
+
+
+STOPPING = dict(init_word="plant", batch_size=2, steps=40, stop="auto")
+
+
+@pytest.fixture
+def soon(monkeypatch):
+    for name, value in dict(STOP_EVERY=2, STOP_WINDOW=3, STOP_SHARE=0.9).items():
+        monkeypatch.setattr(textinv, name, value)
+
+
+def test_training_ends_early_with_the_best_vectors(model, soon):
+    seen = {}
+    for state in textinv.train(model, MUSHROOM, **STOPPING):
+        if state.step % 2 == 0:
+            seen[state.fixed_loss] = state.concept.vectors.detach().clone()
+        else:
+            assert state.fixed_loss is None
+    assert 6 <= state.step < 40 and state.over
+    assert list(seen) == state.fixed_losses
+    *_, last = seen.values()  # of the step that converged: the best vectors are back in place
+    best = min(seen)
+    if best != state.fixed_losses[-1]:
+        assert torch.equal(last, seen[best])
+    assert torch.equal(state.concept.vectors, state.best[0])
+
+
+def test_interrupted_it_ends_at_the_same_step_with_the_same_bits(model, soon):
+    *_, whole = textinv.train(model, MUSHROOM, **STOPPING)
+    states = textinv.train(model, MUSHROOM, **STOPPING)
+    saved = [next(states).tensors() for _ in range(5)][-1]
+    *_, parts = textinv.train(model, MUSHROOM, **STOPPING, resume=saved)
+    assert parts.step == whole.step and parts.fixed_losses == whole.fixed_losses
+    assert torch.equal(parts.concept.vectors, whole.concept.vectors)
+    with pytest.raises(ValueError, match="the run is over after"):
+        textinv.train(model, MUSHROOM, **STOPPING, resume=whole.tensors())
+
+
+def test_unknown_rules_and_progressive_training_are_refused(model):
+    with pytest.raises(ValueError, match="stop 'soon' is not known; use never, auto"):
+        textinv.train(model, MUSHROOM, "plant", stop="soon")
+    with pytest.raises(ValueError, match="not by stop 'auto'"):
+        textinv.train(model, MUSHROOM, "plant", vectors=3, progressive=True, stop="auto")
+
+
+def test_the_command_line_says_when_it_ended(tmp_path, capsys, soon):
+    out = tmp_path / "m.safetensors"
+    pictures = str(ROOT / "examples" / "concepts" / "mushroom")
+    command = ["invert", pictures, "--init-word", "plant", "--device", "cpu", "--out", str(out)]
+    command += ["--batch-size", "2", "--steps", "40", "--preview-every", "0", "--stop", "auto"]
+    assert textinv.main(command) == 0
+    said = capsys.readouterr().out
+    steps = int(textinv.load_concept(out).metadata["steps"])
+    assert steps < 40 and f"converged after {steps} of 40 steps" in said and "wrote" in said
+    before = out.read_bytes()
+    assert textinv.main([*command, "--resume"]) == 0
+    assert f"the run is over after {steps} steps" in capsys.readouterr().out
+    assert out.read_bytes() == before
+
+
+# ---------------------------------------------------------------------------- the same bits
+
+
+BITS = """
+import hashlib, sys, torch, textinv
+model = textinv.load_model(device="cpu")
+for _ in range(2):
+    states = textinv.train(model, sys.argv[1], "animal", steps=8, seed=3)
+    vectors = [state.concept.vectors.detach().numpy().tobytes() for state in states]
+    print(hashlib.sha256(b"".join(vectors)).hexdigest())
+"""
+
+
+def test_the_same_seed_gives_the_same_bits_with_default_threads():
+    """In two processes, twice in each, with as many threads as torch takes by itself."""
+    environment = {k: v for k, v in os.environ.items() if not k.endswith("_NUM_THREADS")}
+    command = [sys.executable, "-c", BITS, str(MUSHROOM)]
+    options = dict(cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE)
+    runs = [subprocess.Popen(command, **options) for _ in range(2)]
+    hashes = [line for run in runs for line in run.communicate()[0].split()]
+    assert len(hashes) == 4 and len(set(hashes)) == 1, hashes
+
+
+def test_nothing_in_the_gradients_path_adds_up_in_any_order(model):
+    """The backward pass of indexing by a tensor does, with several threads; torch knows which."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        word = textinv.Concept("<s>", textinv.initial_vectors(model, "plant", 2).requires_grad_())
+        ids = torch.tensor([[1, model.tokenizer.vocab_size, model.tokenizer.vocab_size + 1]])
+        graph = model.embed(ids, word.vectors).grad_fn
+        context = model.encode_text(["a <s>", "two <s>", "a <s>"], [word])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    rest, names = [graph, context.grad_fn], set()
+    while rest:
+        node = rest.pop()
+        names.add(node.name())
+        rest += [parent for parent, _ in node.next_functions if parent is not None]
+    assert "EmbeddingBackward0" in names and not any(n.startswith("IndexBackward") for n in names)
 
 
 # ------------------------------------------------------------------------------- other devices
@@ -353,8 +442,6 @@ def test_another_device_gives_the_same_word_and_pictures(model):
             )
         ]
         drawn = textinv.sample(model, "a (photo:1.2) of a <s>", learnt[:1], n=2, steps=3, eta=1.0)
-        options = dict(steps=2, reconstruct_steps=2)
-        drawn += textinv.edit(model, MUSHROOM / "1.png", "a <s>", learnt[:1], **options)
         return [word.vectors.cpu() for word in learnt], drawn
 
     words, pictures = work(model)
@@ -393,18 +480,13 @@ def test_a_run_on_another_device_is_resumed_there_and_here(model):
 
 
 def test_every_verb_on_another_device(tmp_path, capsys):
-    word, prompts = str(tmp_path / "m.safetensors"), tmp_path / "prompts.txt"
-    prompts.write_text("style: a sketch of {}\n")
-    out, images = ["--out", str(tmp_path / "1.png")], ["--images", str(MUSHROOM)]
-    scores = ["--prompts", str(prompts), "--out", str(tmp_path / "scores.csv")]
+    word, out = str(tmp_path / "m.safetensors"), ["--out", str(tmp_path / "1.png")]
     few = ["--steps", "2", "-n", "2"]
     with elsewhere():
         for verb in (
             ["invert", str(MUSHROOM), "--init-word", "plant", "--steps", "2", "--out", word],
-            ["sample", "a <m>", "--concept", word, "--keep", "1", *few, *out],
-            ["edit", str(MUSHROOM / "1.png"), "a <m>", "--concept", word, *few, *out],
-            ["evaluate", word, *images, *few, *scores],
-            ["show", word],
+            ["sample", "a <m>", "--concept", word, *few, *out],
+            ["show", "--word", word],
         ):
-            assert textinv.main([*verb, *["--overwrite"] * (verb[0] == "edit")]) == 0, verb
+            assert textinv.main(verb) == 0, verb
     assert "on meta" in capsys.readouterr().out

@@ -1,81 +1,78 @@
-"""Token ids against OpenAI's, open_clip's and BERT's own tokenizers, and what placeholders do.
+"""Token ids against transformers' CLIP and BERT tokenizers, what placeholders do, and weights in
+prompts.
 
-`golden/tokenizer/golden.json` holds 364 strings with the ids of all three, `damaged.json` strings
-in wrong encodings with those of ftfy and OpenAI's tokenizer; neither keeps the padding.
+`golden/tokenizer/golden.json` holds 364 strings with their ids, without the padding.
 """
 
+import gzip
 import json
+import random
 import time
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from models.mending import fix_text
 from models.tokenizers import (
-    MERGES,
-    OPEN_CLIP_SPECIAL,
+    VOCAB,
     CLIPTokenizer,
     Tokenizer,
     WordPieceTokenizer,
+    escape,
+    split_weights,
+    without_weights,
 )
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = ("sd1", "sd2", "bert")
+ROWS = json.loads((GOLDEN / "tokenizer" / "golden.json").read_text(encoding="utf-8"))["rows"]
 
 
 @cache
 def tokenizer(name: str) -> Tokenizer:
     if name == "bert":
-        return WordPieceTokenizer.load(MERGES.parent / "bert-base-uncased.txt")
-    if name == "sd1":
-        return CLIPTokenizer.load()
-    return CLIPTokenizer.load(pad_id=0, special=OPEN_CLIP_SPECIAL)
+        return WordPieceTokenizer.load(VOCAB / "bert-base-uncased.txt")
+    return CLIPTokenizer.load(pad_id=0 if name == "sd2" else None)
 
 
-def rows(file: str) -> list[dict]:
-    return json.loads((GOLDEN / "tokenizer" / file).read_text(encoding="utf-8"))["rows"]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_ids(name):
+@pytest.mark.parametrize("name, column", [("sd1", "clip"), ("bert", "bert")])
+def test_ids(name, column):
     ours = tokenizer(name)
-    data = rows("golden.json")
-    assert len(data) == 364
+    assert len(ROWS) == 364
     wrong = [
         row["text"]
-        for row in data
-        if ours.pad(ours.encode(row["text"])) != row[name] + [ours.pad_id] * (77 - len(row[name]))
+        for row in ROWS
+        if ours.pad(ours.encode(row["text"]))
+        != row[column] + [ours.pad_id] * (77 - len(row[column]))
     ]
     assert wrong == []
 
 
-def test_ids_of_damaged_text():
+def test_clips_ids_are_those_of_transformers(tmp_path):
+    """On the golden strings and on random ones of all kinds of characters."""
+    transformers = pytest.importorskip("transformers", minversion="5")
     ours = tokenizer("sd1")
+    (tmp_path / "merges.txt").write_bytes(
+        gzip.decompress((VOCAB / "clip_merges.txt.gz").read_bytes())
+    )
+    (tmp_path / "vocab.json").write_text(json.dumps(ours.ids))
+    files = {
+        name: str(tmp_path / f"{name}.{e}") for name, e in (("vocab", "json"), ("merges", "txt"))
+    }
+    theirs = transformers.CLIPTokenizer(**files)
+    rng = random.Random(0)
+    blocks = ((32, 126), (32, 126), (160, 591), (880, 1279), (0x4E00, 0x4E80), (0x1F600, 0x1F64F))
+    texts = [row["text"] for row in ROWS]
+    for _ in range(300):
+        block = [rng.choice(blocks) for _ in range(rng.randrange(1, 20))]
+        texts.append("".join(chr(rng.randint(*b)) + rng.choice(("", "", " ")) for b in block))
     wrong = [
-        row["text"]
-        for row in rows("damaged.json")
-        if ours.pad(ours.encode(row["text"])) != row["sd1"] + [49407] * (77 - len(row["sd1"]))
+        text
+        for text in texts
+        if ours.encode(text) != theirs(text, truncation=True, max_length=77).input_ids
     ]
     assert wrong == []
-
-
-@pytest.mark.parametrize(
-    "damaged, mended",
-    [
-        ("cafÃ©", "café"),
-        ("â€œquotesâ€\x9d", '"quotes"'),
-        ("voilÃ  le travail", "voilà le travail"),  # A0 became an ordinary space
-        ("ÐŸÑ€Ð¸Ð²ÐµÑ‚", "Привет"),
-        ("caf√© 50¬∞C", "café 50°C"),  # Mac
-        ("a 😀 in a cafÃ©", "a 😀 in a café"),  # only in part
-        ("café, Ã la mode, Å, 50 £", "café, Ã la mode, Å, 50 £"),  # nothing wrong with these
-        ("Ａ&nbsp;ﬁne\x00 ‘x’ e\u0301", "A\xa0fine 'x' é"),
-        ("<b>&amp;</b>", "<b>&amp;</b>"),  # CLIP's own unescaping comes later
-    ],
-)
-def test_fix_text(damaged, mended):
-    assert fix_text(damaged) == mended
 
 
 @pytest.mark.parametrize(
@@ -95,13 +92,12 @@ def test_special_ids(name, start, end, pad, size):
 
 
 def test_special_tokens_as_text():
-    sd1, sd2, bert = map(tokenizer, NAMES)
-    assert sd1.tokenize("<|startoftext|><|ENDOFTEXT|>") == [49406, 49407]
-    assert sd2.tokenize("<start_of_text> <End_Of_Text>") == [49406, 49407]
-    assert len(sd1.tokenize("<end_of_text>")) > 1 < len(sd2.tokenize("<|endoftext|>"))
+    clip, bert = tokenizer("sd1"), tokenizer("bert")
+    assert clip.tokenize("<|startoftext|>a<|endoftext|>") == [49406, *clip.tokenize("a"), 49407]
+    assert 49407 not in clip.tokenize("<|ENDOFTEXT|>")  # in capitals it is no special token
     assert bert.tokenize("[CLS]x[SEP][MASK][PAD][UNK]")[:1] == [101]
     assert bert.tokenize("[SEP] [MASK] [PAD] [UNK]") == [102, 103, 0, 100]
-    assert len(bert.tokenize("[mask]")) == 3  # another case is no special token
+    assert len(bert.tokenize("[mask]")) == 3
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -176,3 +172,84 @@ def test_a_vocabulary_may_lack_its_last_line_break(tmp_path):
     for end in ("", "\n"):
         (tmp_path / "vocab.txt").write_text("\n".join(tokens) + end)
         assert WordPieceTokenizer.load(tmp_path / "vocab.txt").token_ids("cat") == [5]
+
+
+# ----------------------------------------------------------------------------- weights in prompts
+
+PROMPTS = [
+    "a photo of a cat",
+    "a photo of (<s>:1.3) on the [beach]",
+    "a (photo of ((<s>)) on:0.7) the beach",
+    "[[a photo]] of <s>, (very (old)",
+    "a \\(photo\\) of [<s> \\[x\\]] :) 10:30 :1.5)",
+    "(a:1.21)(photo:0.5)",
+    "(" * 3 + "a photo of <s>",
+    "(word:1.5) " * 60,  # cut off in the middle
+]
+
+
+def by_characters(prompt: str) -> list[tuple[str, float]]:
+    """Every character that is text, with its weight: brackets are looked for in pairs first."""
+    escaped, characters, i = [], [], 0
+    while i < len(prompt):
+        if prompt[i] == "\\":
+            literal = prompt[i + 1 : i + 2]
+            if literal and literal in "()[]\\":
+                characters.append(literal)
+                escaped.append(True)
+                i += 1
+        else:
+            characters.append(prompt[i])
+            escaped.append(False)
+        i += 1
+    weights = np.ones(len(characters))
+    text = [True] * len(characters)
+    stacks: dict[str, list[int]] = {"(": [], "[": []}
+    for i, c in enumerate(characters):
+        if escaped[i]:
+            continue
+        if c in "([":
+            stacks[c].append(i)
+            text[i] = False
+        elif c == ")" and stacks["("]:
+            begin, factor = stacks["("].pop(), 1.1
+            text[i] = False
+            colon = "".join(characters[:i]).rfind(":")
+            inside = "".join(characters[colon + 1 : i]).strip()
+            if colon > begin and inside and set(inside.lstrip("+-")) <= set("0123456789."):
+                factor = float(inside)
+                for k in range(colon, i):
+                    text[k] = False
+            weights[begin:i] *= factor
+        elif c == "]" and stacks["["]:
+            text[i] = False
+            weights[stacks["["].pop() : i] /= 1.1
+    for bracket, factor in (("(", 1.1), ("[", 1 / 1.1)):
+        for begin in stacks[bracket]:
+            weights[begin:] *= factor
+    return [(c, w) for c, w, shown in zip(characters, weights, text) if shown]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_weights_of_characters(prompt):
+    ours = [(c, weight) for text, weight in split_weights(prompt) for c in text]
+    theirs = by_characters(prompt)
+    assert [c for c, _ in ours] == [c for c, _ in theirs]
+    np.testing.assert_allclose([w for _, w in ours], [w for _, w in theirs], rtol=1e-12)
+
+
+def test_escaped_text_comes_back():
+    text = r"a (b) [c] \d: (e:1.2)"
+    assert split_weights(escape(text)) == [(text, 1.0)]
+    assert without_weights("a (b:2) [c]") == "a b c"
+
+
+@pytest.mark.parametrize("prompt", ["(a:" + "9" * 400 + ")", "(" * 9000 + "a"])
+def test_weights_without_bound_are_said(prompt):
+    with pytest.raises(ValueError, match="a weight is too large"):
+        split_weights(prompt)
+
+
+def test_a_weight_that_is_no_number_is_said():
+    with pytest.raises(ValueError, match="'1.2.3' is no weight"):
+        split_weights("a (cat:1.2.3)")

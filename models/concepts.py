@@ -1,0 +1,267 @@
+"""Files of learnt words: every layout in the wild is read, four are written.
+
+The paper's code: a pickled {"string_to_token", "string_to_param": ParameterDict {string: (V, D)}}.
+A1111: the same with a plain dict, "name", "step" and the base model; or that as JSON in a picture.
+diffusers: {placeholder: (V, D) or (D,)}, several vectors also as `name`, `name_1`, `name_2`, ...
+kohya, ComfyUI, InvokeAI: {"emb_params": (V, D)}. OneTrainer: {"emp_params": (V, D)}, spelt so.
+
+The content of a file decides on its format, not its suffix. Nothing in it can run (files.py).
+"""
+
+import base64
+import io
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from . import files
+from .files import CheckpointError
+
+SUFFIXES = dict(
+    diffusers=(".safetensors",), emb_params=(".safetensors",), paper=(".pt",), a1111=(".pt", ".png")
+)
+FORMATS = tuple(SUFFIXES)
+MAX_VECTORS, MAX_WIDTH = 1000, 16384  # in one file
+MAX_TABLE = 1 << 22  # bytes of pickle, header or JSON; those of whole checkpoints are below 1 MB
+PNG, PNG_KEY = b"\x89PNG\r\n\x1a\n", "sd-ti-embedding"  # first bytes; name of A1111's text chunk
+STAR = {1280: 1008}  # the id of "*" by width: BERT's in LDM,
+CLIP_STAR = 265  # and CLIP's elsewhere
+A1111_KEYS = dict(steps="step", base_model="sd_checkpoint_name", base_model_hash="sd_checkpoint")
+EXPECTED = (
+    "expected a learnt word (.safetensors, .pt, .bin or .png) as the paper's code, A1111, "
+    "diffusers, kohya or OneTrainer write it; if it is one, download it again"
+)
+REFUSED = {  # key in the file: what that file is
+    r".+\.(weight|bias)": "a model's weights, no learnt word; a checkpoint goes to --model",
+    "clip_g": "a word for SDXL, which is not supported; take one for Stable Diffusion 1 or 2",
+    "emp_params_out": "only OneTrainer's output embedding, no word; train without that option",
+}
+# Control characters, line separators, text that runs backwards, halves of characters. No wider
+# than that: str.isprintable would also refuse what joins an emoji, and so rename the word.
+HARMFUL = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+@dataclass
+class Concept:
+    """A learnt word: what stands for it in prompts, and its vectors (V, D), float32.
+
+    V is 1 in the paper's main setup; more vectors act like several words in a row (section 5.2).
+    """
+
+    placeholder: str
+    vectors: Tensor
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    def save(
+        self,
+        path: str | Path,
+        overwrite: bool = False,
+        format: str | None = None,
+        picture: Image.Image | None = None,
+    ) -> None:
+        """Write the word to a file, all or nothing.
+
+        format: one of `FORMATS`, by default what the file's ending suggests; for .safetensors
+        {placeholder: (V, D)}, which diffusers reads as it is. picture: what a .png is drawn on.
+        Raises ValueError where the file exists or cannot be written.
+        """
+        path = Path(path)
+        format = format or default_format(path.suffix)
+        files.write_file(path, encode_concept(self, format, path.suffix, picture), overwrite)
+
+
+def load_concept(path: str | Path) -> Concept:
+    """The word of a file with one word; `load_concepts` reads files with several."""
+    concepts = load_concepts(path)
+    if len(concepts) > 1:
+        names = ", ".join(concept.placeholder for concept in concepts)
+        raise ValueError(f"{path} holds {len(concepts)} words ({names}); use load_concepts")
+    return concepts[0]
+
+
+def load_concepts(path: str | Path) -> list[Concept]:
+    """Return the words in a file of any layout named above.
+
+    Where the layout names no placeholder (A1111's .pt, kohya's, OneTrainer's), it is the one in
+    the metadata of a .safetensors or else the file's name without suffix. Metadata is that of a
+    .safetensors, and A1111's as "steps", "base_model", "base_model_hash". Harmful characters in
+    names and metadata become "?". Raises `CheckpointError`, a ValueError of one line.
+    """
+    path, words = Path(path), {}
+    with files.checking(path, EXPECTED):
+        content, metadata, name = open_word(path)
+        for key, tensor in tensors_of_words(content, name).items():
+            words[clean(key).strip() or clean(path.stem)] = checked(key, tensor)
+            if sum(map(len, words.values())) > MAX_VECTORS:
+                raise CheckpointError(f"more than {MAX_VECTORS:,} vectors are no learnt words")
+        if not words:
+            raise ValueError("no vectors")
+        if len(widths := {vectors.shape[1] for vectors in words.values()}) > 1:
+            raise CheckpointError(f"words of different widths, {widths}: they fit no one model")
+        for ours, theirs in A1111_KEYS.items():
+            if isinstance(value := content.get(theirs), (int, str)) and value != "":
+                metadata[ours] = str(value)
+        metadata = {clean(k): clean(v) for k, v in metadata.items() if k != "placeholder"}
+    return [Concept(name, v, dict(metadata)) for name, v in join_numbered(words).items()]
+
+
+def clean(text: str) -> str:
+    return HARMFUL.sub("?", text)
+
+
+def open_word(path: Path) -> tuple[dict, dict[str, str], str]:
+    """Return a file's content, its metadata, and the name of a word that the content lacks."""
+    with open(path, "rb") as file:
+        if file.read(len(PNG)) == PNG:
+            content = json_in_png(file)
+            return content, {}, str(content.get("name") or path.stem)
+    content, metadata = files.open_content(path, MAX_TABLE)
+    content = content if isinstance(content, dict) else {}
+    return content, metadata, metadata.get("placeholder") or path.stem
+
+
+def json_in_png(file: BinaryIO) -> dict:
+    """A1111's JSON: base64 in the text chunk "sd-ti-embedding", tensors as {"TORCHTENSOR": lists}.
+    The pixels hide a copy, which is not read."""
+    picture = Image.open(file, formats=["PNG"])
+    text = picture.info.get(PNG_KEY) or picture.text.get(PNG_KEY)  # before the pixels, or behind
+    if not text:
+        raise CheckpointError(
+            "a picture without a word: it has no text chunk sd-ti-embedding, which sites and "
+            "editors strip; take the original picture or the .pt"
+        )
+    files.check_size(len(text), MAX_TABLE)
+    return dict(json.loads(base64.b64decode(text), object_hook=tensor_in_json))
+
+
+def tensor_in_json(entry: dict):
+    return torch.tensor(entry["TORCHTENSOR"]) if "TORCHTENSOR" in entry else entry
+
+
+def tensors_of_words(content: dict, name: str) -> dict[str, Tensor]:
+    """The tensor of each word; `name` is for layouts that do not name theirs."""
+    table = content.get("string_to_param", content.get("state_dict", content))
+    if isinstance(table, files.Stub):  # a ParameterDict, of any torch
+        table = (table.state or {}).get("_parameters") or {}
+    tensors = files.tensors_in(table)
+    if "string_to_param" in content:  # A1111's string is always "*", whatever the word
+        by_name = "name" in content and len(tensors) == 1
+        return dict(zip([name], tensors.values())) if by_name else tensors
+    for key in ("emb_params", "emp_params"):
+        if key in tensors:
+            return {name: tensors[key]}
+    for pattern, what in REFUSED.items():
+        if any(re.fullmatch(pattern, key) for key in tensors):
+            raise CheckpointError(what)
+    return tensors
+
+
+def checked(name: str, tensor: Tensor) -> Tensor:
+    """Return a copy (V, D) in float32 of a word's stored (V, D) or (D,); `CheckpointError` if it is
+    none. Nothing larger than a word is read."""
+    v, d = tensor.shape if tensor.ndim == 2 else (1, *tensor.shape, 0)[:2]
+    sizes_fit = tensor.ndim in (1, 2) and 0 < v <= MAX_VECTORS and 0 < d <= MAX_WIDTH
+    if not (sizes_fit and tensor.is_floating_point()):
+        raise CheckpointError(
+            f"{name[:80]!r} holds {tensor.dtype} of shape {tuple(tensor.shape)[:8]}; a word's are "
+            f"floats (V, D) with V from 1 to {MAX_VECTORS:,} and D to {MAX_WIDTH:,}"
+        )
+    # Trap: a view would keep its file mapped, and torch.save writes all that it is a view of.
+    vectors = tensor.reshape(v, d).float().clone(memory_format=torch.contiguous_format)
+    if not vectors.isfinite().all():
+        raise CheckpointError(
+            f"{name[:80]!r} holds NaN or infinity: its training failed; take an earlier file, or "
+            "train with a lower learning rate"
+        )
+    return vectors
+
+
+def join_numbered(words: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`name`, `name_1`, `name_2`, ... of one vector each become one word of several."""
+    left, joined = dict(words), {}
+    for name in sorted(words, key=len):  # `name` before `name_1`
+        if name in left:
+            parts = [left.pop(name)]
+            while len(parts[0]) == 1 == len(left.get(f"{name}_{len(parts)}", ())):
+                parts.append(left.pop(f"{name}_{len(parts)}"))
+            joined[name] = torch.cat(parts)
+    return {name: joined[name] for name in words if name in joined}
+
+
+def default_format(suffix: str) -> str:
+    """The layout that goes with a suffix; ValueError if none does."""
+    for format, suffixes in SUFFIXES.items():
+        if suffix.lower() in suffixes:
+            return format
+    given = repr(suffix) if suffix else "files without an ending"
+    raise ValueError(f"words are not written as {given}; possible are .safetensors, .pt, .png")
+
+
+def encode_concept(
+    concept: Concept, format: str, suffix: str, picture: Image.Image | None = None
+) -> bytes:
+    """Return the bytes of a word's file. ValueError for what cannot be written.
+
+    "diffusers" and "emb_params": .safetensors with all metadata, "placeholder" among them.
+    "paper": .pt. The paper's code finds the word by its id in the tokenizer, where it must be one
+    token; so it is always "*", id 265 for CLIP, 1008 for BERT (1280 wide). No metadata.
+    "a1111": .pt, whose file name is the word, or .png: `picture`, or else a card with the word on
+    it, with the file in a text chunk. Metadata "steps", "base_model" and "base_model_hash".
+    """
+    suffix, placeholder = suffix.lower(), concept.placeholder
+    if suffix not in SUFFIXES.get(format, ()):
+        possible = "; ".join(f"{name}: {' or '.join(s)}" for name, s in SUFFIXES.items())
+        raise ValueError(f"{format!r} is not written as {suffix!r}; possible are {possible}")
+    if placeholder in ("", "__metadata__") or placeholder != clean(placeholder).strip():
+        raise ValueError(f"placeholder {placeholder!r} cannot be written; use one like <cat>")
+    vectors = checked(placeholder, concept.vectors.detach().cpu())
+    metadata = concept.metadata | {"placeholder": placeholder}
+    if suffix == ".safetensors":
+        return save({placeholder if format == "diffusers" else format: vectors}, metadata)
+    if format == "paper":
+        token = {"*": torch.tensor(STAR.get(vectors.shape[1], CLIP_STAR))}
+        parameters = nn.ParameterDict({"*": nn.Parameter(vectors)})
+        return torch_file({"string_to_token": token, "string_to_param": parameters})
+    content = {"string_to_token": {"*": CLIP_STAR}, "string_to_param": {"*": vectors}}
+    content |= {"name": placeholder, "step": None, "sd_checkpoint": None}
+    content |= {theirs: metadata.get(ours) for ours, theirs in A1111_KEYS.items()}
+    content["step"] = int(steps) if (steps := content["step"] or "").isdecimal() else None
+    return torch_file(content) if suffix == ".pt" else png_file(content, picture)
+
+
+def torch_file(content: dict) -> bytes:
+    """As torch.save writes it. Trap: A1111 refuses a file with entries that older versions of
+    torch did not write."""
+    file = io.BytesIO()
+    torch.save(content, file)
+    return files.without_code(file).getvalue()
+
+
+def png_file(content: dict, picture: Image.Image | None) -> bytes:
+    """The picture with the content as `json_in_png` reads it. Float32 is kept exactly: Python
+    writes a float with as many digits as it takes to read it back the same."""
+    vectors = content["string_to_param"]["*"].tolist()
+    content = content | {"string_to_param": {"*": {"TORCHTENSOR": vectors}}}
+    text = base64.b64encode(json.dumps(content).encode())
+    files.check_size(len(text), MAX_TABLE)
+    info = PngImagePlugin.PngInfo()
+    info.add_text(PNG_KEY, text)
+    file = io.BytesIO()
+    (picture or card(content["name"])).convert("RGB").save(file, "PNG", pnginfo=info)
+    return file.getvalue()
+
+
+def card(text: str) -> Image.Image:
+    """The text, white on black, 512 x 512."""
+    text = text[:60].encode("latin-1", "replace").decode("latin-1")  # all that the font may have
+    font = ImageFont.load_default()
+    word = Image.new("L", [int(side) + 1 for side in font.getbbox(text)[2:]])
+    ImageDraw.Draw(word).text((0, 0), text, 255, font)
+    return ImageOps.expand(ImageOps.pad(word, (448, 448)), 32)

@@ -1,0 +1,210 @@
+"""The files of a run: written all or nothing, never over another file unless asked, resumable.
+
+A run that learns `cat.safetensors` keeps beside it
+
+    cat.json         its settings, written before the first step
+    cat.csv          one row per step
+    cat.state        what the next step depends on: its number, the vectors, the optimizer's two
+                     moments, and what `--stop auto` has seen
+    cat.inputs.png   what the model sees of the pictures
+    cat.step-N.png   previews
+    cat.image-N.*    the words of single pictures, if they are asked for
+
+Every random draw of a step follows from the seed and the number of the step, so the state needs no
+generators, and a run that was killed goes on to the same bits from whichever state it finds.
+"""
+
+import csv
+import glob
+import json
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+from tqdm import tqdm
+
+from .files import write_file, write_png, write_table
+
+
+class Run:
+    """The files of one run, beside the word that it learns."""
+
+    def __init__(self, out: Path, settings: dict):
+        self.out = out
+        self.settings = settings
+        self.rows: list[dict] = []
+
+    def path(self, ending: str) -> Path:
+        """`cat.csv` beside `cat.safetensors`, for the ending "csv"."""
+        return self.out.with_name(f"{self.out.stem}.{ending}")
+
+    def look(self, resume: bool, overwrite: bool) -> dict[str, Tensor] | None:
+        """The state to go on from, or None at the beginning. Writes nothing.
+
+        Raises ValueError where files that are not this run's would be lost, or where a setting
+        differs from what the run began with; the number of steps may.
+        """
+        if resume and self.path("json").exists():
+            self.check_settings()
+            if self.path("state").exists():
+                state = self.read_state()
+                return state if int(state["step"]) else None
+            if not self.out.exists():
+                return None  # killed before the first step
+        for path in () if overwrite else self.files():
+            way = "its state is gone, so" if resume else "continue with --resume,"
+            raise ValueError(
+                f"{path} exists; {way} choose another --out, or say --overwrite to start over"
+            )
+        return None
+
+    def files(self) -> list[Path]:
+        """What there is of the files that a run of this name writes."""
+        beside, suffix = glob.escape(self.out.stem), self.out.suffix
+        own = f"json csv state inputs.png step-[0-9]*.png image-[0-9]*{suffix}".split()
+        found = [p for name in own for p in self.out.parent.glob(f"{beside}.{name}")]
+        return [self.out] * self.out.exists() + found
+
+    def begin(self, anew: bool) -> None:
+        """Write the settings, before the first step. `anew` removes another run's files, but not
+        the word, which the first save replaces."""
+        for path in self.out.parent.glob(f".{glob.escape(self.out.stem)}.*.tmp"):
+            path.unlink()  # what a killed process left
+        for path in self.files() if anew else ():
+            if path != self.out:
+                path.unlink()
+        text = json.dumps(self.settings, indent=1, ensure_ascii=False) + "\n"
+        write_file(self.path("json"), text.encode(), overwrite=True)
+        if anew:  # a run without a state, but with a word, is not ours to overwrite
+            self.write_state({"step": torch.tensor(0)})
+
+    def check_settings(self) -> None:
+        path = self.path("json")
+        try:
+            began = dict(json.loads(path.read_text("utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(f"{path}: not a run's settings ({error}); use --overwrite") from None
+        for key, now in json.loads(json.dumps(self.settings)).items():
+            if began.get(key) != now and key != "steps":
+                raise ValueError(
+                    f"{path}: the run began with {key} {began.get(key)!r}, now it is {now!r}; "
+                    "give what it began with, or start over with --overwrite"
+                )
+
+    def read_state(self) -> dict[str, Tensor]:
+        path = self.path("state")
+        try:
+            state = load(path.read_bytes())
+            step = int(state["step"])
+            with open(self.path("csv"), newline="", encoding="utf-8") as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"{path}: no run can go on from it and the .csv beside it ({error}); start over "
+                "with --overwrite"
+            ) from None
+        return state
+
+    def follow(
+        self,
+        states: Iterator,
+        save_every: int,
+        preview_every: int,
+        preview: Callable,
+        image_words: bool,
+    ):
+        """Train, and keep word, table, state and previews up to date; return the last State.
+
+        states: the iterator of `textinv.train`. preview(state) draws a picture, every
+        `preview_every` steps (0: never). image_words: also save the words of single pictures.
+        Ctrl-C ends the run after the current step, with everything saved.
+        """
+        state, steps, done = None, self.settings["steps"], len(self.rows)
+        progress = tqdm(states, total=steps, initial=done, unit="step")
+        try:
+            with interruptible() as asked:
+                for state in progress:
+                    self.rows.append(table_row(state))
+                    # A single step's loss depends on its timesteps more than on the word.
+                    losses = [float(row["loss"]) for row in self.rows[-50:]]
+                    loss, peak = sum(losses) / len(losses), peak_memory(state.loss.device)
+                    progress.set_postfix(loss=f"{loss:.4f}", peak=peak)
+                    shown = preview_every and state.step % preview_every == 0 and not state.over
+                    if shown or state.step % save_every == 0:
+                        self.save(state, image_words)
+                    if shown:  # after saving: on a small GPU it may run out of memory
+                        text = {"prompt": f"a photo of {state.concept.placeholder}"}
+                        path = self.path(f"step-{state.step}.png")
+                        write_png(path, preview(state), text, overwrite=True)
+                    if asked:
+                        break
+        finally:
+            progress.close()
+            if state is not None:
+                self.save(state, image_words)
+        return state
+
+    def save(self, state, image_words: bool) -> None:
+        """Write word, table and state, the state last: all that it counts lies in the others."""
+        state.concept.save(self.out, overwrite=True)
+        for i, word in enumerate(state.image_words if image_words else (), 1):
+            word.save(self.path(f"image-{i}{self.out.suffix}"), overwrite=True)
+        self.write_state(state.tensors())
+
+    def write_state(self, tensors: dict[str, Tensor]) -> None:
+        write_table(self.path("csv"), self.rows, overwrite=True)
+        write_file(self.path("state"), save(tensors), overwrite=True)
+
+
+def table_row(state) -> dict[str, str]:
+    """Return a step's row of the table: loss, the loss on the same batches if it was measured, mean
+    norm of the vectors, and their mean distance from where they started."""
+    vectors = state.concept.vectors.detach()
+    moved = vectors - state.start[: len(vectors)]
+    figures = [state.loss, vectors.norm(dim=1).mean(), moved.norm(dim=1).mean()]
+    loss, norm, moved = torch.stack(figures).tolist()  # waits for the device only once
+    fixed = "" if state.fixed_loss is None else f"{state.fixed_loss:.6f}"
+    row = dict(step=str(state.step), loss=f"{loss:.6f}", fixed_loss=fixed)
+    return row | dict(norm=f"{norm:.4f}", moved=f"{moved:.4f}")
+
+
+@contextmanager
+def interruptible() -> Iterator[list[int]]:
+    """Ctrl-C (and SIGTERM) only asks: the yielded list is no longer empty, and whoever runs the
+    loop ends it between two steps. A second Ctrl-C ends at once."""
+    asked: list[int] = []
+
+    def ask(number, frame):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def peak_memory(device: torch.device) -> str:
+    """The most memory that was used so far: on a GPU by tensors, else by this process."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
+    status = Path("/proc/self/status")
+    # Trap: on Linux ru_maxrss counts the peak of the process that started this one as well.
+    if status.exists() and (own := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
+        return f"{int(own[1]) / 2**20:.1f} GiB"
+    try:
+        import resource
+    except ImportError:  # Windows
+        return "?"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GiB"
