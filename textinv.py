@@ -36,7 +36,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.checkpoint import FAMILIES, load_model
-from models.concepts import FORMATS, Concept, default_format, load_concept, load_concepts
+from models.concepts import FORMATS, Concept, default_format, load_concept, load_concepts, words_in
 from models.files import free_png, free_target, out_of_memory, write_png
 from models.images import Images, NotFinite, find_images, grid, open_image, prepare_images, to_pil
 from models.latent_diffusion import LatentDiffusion
@@ -98,8 +98,7 @@ def initial_vectors(model: LatentDiffusion, init_word: str, count: int) -> Tenso
     ids = model.known_ids(init_word)
     if not ids:
         raise ValueError(
-            f"init word {init_word!r} has no tokens that this model knows; use a coarse word such "
-            "as cat"
+            f"init word {init_word!r} has no tokens that this model knows; use a word such as cat"
         )
     vectors = model.text_encoder.token_table[torch.tensor(ids)].float()
     if count <= len(ids):
@@ -115,8 +114,7 @@ def draw_batch(
 ) -> tuple[list[int], Tensor, Tensor, Tensor]:
     """Draw one training batch of `count` = B from the moments (N, C, h, w) of N pictures.
 
-    Returns the pictures' numbers, latents z ~ E(x) (B, C, h, w), uniform timesteps (B,) on the CPU,
-    and noise eps like z.
+    Returns picture numbers, latents z ~ E(x) (B, C, h, w), timesteps (B,) on the CPU, noise like z.
     """
     rows = torch.randint(len(mean), (count,), generator=generator)
     z = mean[rows] + std[rows] * normal(mean[rows], generator)
@@ -249,7 +247,7 @@ def train(
     images: a folder, paths or PIL images, 3-5 of one thing; or what `prepare_images` returns.
     init_word: a coarse description, whose embedding the word starts from. placeholder: the word's
     name in prompts, any string without spaces. vectors: how many it has. steps, batch_size, lr: by
-    default the paper's (5000, 4, 0.005), or what suits the bundled model; the optimizer's rate is
+    default the paper's (5000, 4, 0.005), or what suits the bundled model or SDXL; the rate is
     lr * batch_size (appendix F), and lr may be "base", "high" or "low". templates: prompts with {}
     for the word, one is drawn for each picture of each step; or one such list per picture. flip:
     mirror half of the pictures; switch it off for things with writing on them. weight_decay: the
@@ -269,8 +267,7 @@ def train(
     share, on_gradients: for examples/several_gpus.py. `share` selects the rows of each batch that
     this process computes; `on_gradients(loss, gradients)` adds up both over the processes.
 
-    Raises ValueError for pictures, words and numbers that cannot be used, and NotFinite where a
-    step gives NaN or infinity; the word is then left as it was before that step.
+    Raises ValueError for unusable pictures, words or numbers, and NotFinite before a step with NaN.
     """
     steps, batch_size, lr = hyperparameters(model, steps, batch_size, lr)
     check_setup(vectors, weight_decay, regularize, progressive, stop, seed)
@@ -355,8 +352,7 @@ def training(state: State, loss_of, fixed_loss, progressive, scale, on_gradients
 
 
 def check_finite(step: int, gradients: Sequence[Tensor], parts: Mapping[str, Tensor]) -> None:
-    """Raise NotFinite that names the first part with NaN or infinity, if a gradient has any:
-    whatever goes wrong on the way ends there."""
+    """Raise NotFinite that names the first part with NaN or infinity, if a gradient has any."""
     if not all(gradient.isfinite().all() for gradient in gradients):
         broken = (name for name, tensor in parts.items() if not tensor.isfinite().all())
         part = next(broken, "gradient").replace("_", " ")
@@ -410,17 +406,14 @@ def templates_by_picture(templates, pictures: int) -> list[list[str]]:
 
 
 def fill_template(template: str, words: Sequence[Concept], picture: int) -> str:
-    """Return the prompt for a picture: the word in its place, then the picture's own word if the
-    setup has any."""
+    """Return a picture's prompt: the word for {}, then the picture's own word if there is one."""
     prompt = template.replace("{}", words[0].placeholder)
     return f"{prompt} with {words[1 + picture].placeholder}" if words[1:] else prompt
 
 
 def check_prompts(model: LatentDiffusion, texts: list[list[str]], words: list[Concept]) -> None:
-    """Raise ValueError for a training prompt whose word the text encoder does not read.
-
-    "my-cats" does not contain the word my-cat, and the end of a long prompt is cut off.
-    """
+    """Raise ValueError for a training prompt whose word the text encoder does not read: "my-cats"
+    does not contain the word my-cat, and the end of a long prompt is cut off."""
     placeholders, word = model.placeholders(words), words[0].placeholder
     prompts = [fill_template(text, words, -2) for text in dict.fromkeys(sum(texts, []))]
     for prompt in prompts:
@@ -435,8 +428,7 @@ def check_prompts(model: LatentDiffusion, texts: list[list[str]], words: list[Co
 
 
 def start_image_words(model: LatentDiffusion, placeholder: str, count: int) -> list[Concept]:
-    """Return <s>-1, <s>-2, ...: a word of one vector for each picture. All start at the mean of the
-    table, where they mean nothing in particular."""
+    """Return <s>-1, <s>-2, ...: a word of one vector per picture, all at the mean of the table."""
     mean = model.text_encoder.token_table.float().mean(0, keepdim=True)
     return [Concept(f"{placeholder}-{i + 1}", mean.clone()) for i in range(count)]
 
@@ -467,8 +459,8 @@ def invert(model: LatentDiffusion, images: Images, init_word: str, **options) ->
 
 def guidance_of(model: LatentDiffusion, guidance_scale: float | None) -> float:
     """Return the guidance scale: the one given, else the model's default."""
-    defaults = PAPER | model.defaults
-    scale = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
+    default = (PAPER | model.defaults)["guidance_scale"]
+    scale = default if guidance_scale is None else guidance_scale
     if not math.isfinite(scale):
         raise ValueError(f"guidance_scale is {scale}; use 1 (none) to about 15")
     return scale
@@ -490,10 +482,10 @@ def sample(
     """Draw n pictures of each prompt by DDIM (Song et al. 2021), all of one prompt in a row.
 
     Brackets in prompts are weights, "(word:1.2)", see models/tokenizers.py. guidance_scale: 1 is
-    none; the default is 7.5, or what suits the bundled model. eta: 0 is deterministic, 1 as noisy
-    as DDPM. size: pixels, one number or (width, height). Picture i of a prompt starts from noise of
-    seed + i, whatever else is drawn with it. Raises ValueError for numbers out of range and for
-    words that do not belong to this model.
+    none; the default is 7.5, 5 for SDXL, 3 for the bundled model. eta: 0 is deterministic, 1 as
+    noisy as DDPM. size: pixels, one number or (width, height). Picture i of a prompt starts from
+    noise of seed + i, whatever else is drawn with it. Raises ValueError for numbers out of range
+    and for words that do not belong to this model.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
@@ -570,6 +562,7 @@ def run_invert(args: argparse.Namespace) -> int:
     """learn a word from pictures"""
     out, placeholder = target_of(args)
     check_range(1, save_every=args.save_every)
+    check_range(0, preview_every=args.preview_every or 0)
     if args.resume and args.overwrite:
         raise ValueError("--resume continues a run and --overwrite starts over; give one of them")
     if args.save_image_words and not args.per_image:
@@ -582,6 +575,8 @@ def run_invert(args: argparse.Namespace) -> int:
     print(f"init word {args.init_word!r}: {len(ids)} token(s), ids {ids}")
     if len(ids) > len(args.init_word.split()):
         warnings.warn(f"this model spells {args.init_word!r} in pieces; a word it knows is better")
+    model.size = model.size if args.size is None else args.size
+    model.latent_shape((model.size, model.size))  # raises for a size that does not fit
     pixels = prepare_images(paths, model.size)
     options = training_options(args, model, templates) | dict(placeholder=placeholder)
     run, steps = Run(out, options | fingerprints(model, pixels, options)), options["steps"]
@@ -595,8 +590,7 @@ def run_invert(args: argparse.Namespace) -> int:
     options |= dict(gradient_checkpointing=args.gradient_checkpointing, resume=saved)
     states = train(model, pixels, **options)
     run.begin(anew=saved is None)
-    text = {"what": "what the model sees"}
-    write_png(run.path("inputs.png"), grid(to_pil(pixels)), text, overwrite=True)
+    write_png(run.path("inputs.png"), grid(to_pil(pixels)), {"what": "what the model sees"}, True)
     resumed = f", from step {done} on" if done else ""
     print(f"learning {placeholder} from {len(paths)} picture(s), {steps} steps{resumed}, to {out}")
 
@@ -605,8 +599,7 @@ def run_invert(args: argparse.Namespace) -> int:
         return grid(sample(model, prompt, [state.concept], n=4, steps=20))
 
     preview_every = max(1, steps // 3) if args.preview_every is None else args.preview_every
-    image_words = args.save_image_words
-    state = run.follow(states, args.save_every, preview_every, preview, image_words)
+    state = run.follow(states, args.save_every, preview_every, preview, args.save_image_words)
     if state.over and state.step < steps:
         print(f"converged after {state.step} of {steps} steps")
     print(what_next(args, out, state.over))
@@ -685,29 +678,10 @@ def what_next(args: argparse.Namespace, out: Path, over: bool) -> str:
     return f"wrote {out}; try: python textinv.py {shlex.join(again)}"
 
 
-def load_words(files: Sequence[str], renames: Sequence[str]) -> list[Concept]:
-    """Return the words of the files, with the names that --rename OLD=NEW gives them."""
-    new_names = dict(entry.rpartition("=")[::2] for entry in renames)
-    concepts, known = [], set()
-    for path in files:
-        for concept in load_concepts(path):
-            olds = (path, Path(path).name, concept.placeholder)
-            old = next((old for old in olds if old in new_names), concept.placeholder)
-            concepts.append(replace(concept, placeholder=new_names.get(old, old)))
-            known |= set(olds)
-    for old, new in new_names.items():
-        if old not in known or not new:
-            raise ValueError(
-                f"--rename {old}={new}: no word or file of that name is loaded, or no new name "
-                f"is given; there are {', '.join(sorted(known)) or 'none (use --concept FILE)'}"
-            )
-    return concepts
-
-
 def words_for(args: argparse.Namespace, prompts: Sequence[str]) -> list[Concept]:
     """Return the words for some prompts, and check the prompts before anything slow. Warns of words
     that no prompt uses, and of what looks like a placeholder and is none."""
-    concepts = load_words(args.concept, args.rename)
+    concepts = words_in(args.concept, args.rename)
     known = [concept.placeholder for concept in concepts]
     for prompt in prompts:
         split_weights(prompt)  # raises for a weight that is no number
@@ -728,7 +702,8 @@ def run_sample(args: argparse.Namespace) -> None:
     check_range(1, n=args.n)
     singles = [Path(args.singles or "") / f"{i:04d}.png" for i in range(args.n * len(args.prompts))]
     for path in singles if args.singles else ():
-        free_target(path, args.overwrite)
+        if free_target(path, args.overwrite).resolve() == out.resolve():
+            raise ValueError(f"--out {out} is also a picture of --singles; write it elsewhere")
     concepts, model = words_for(args, args.prompts), load_for(args)
     settings = dict(steps=args.steps, eta=args.eta, seed=args.seed, size=args.size or model.size)
     settings |= dict(guidance_scale=guidance_of(model, args.guidance))
@@ -775,7 +750,7 @@ def run_show(args: argparse.Namespace) -> None:
     """look into a word, a model or a prompt"""
     if not (args.word_file or args.prompt or args.model):
         raise ValueError("nothing to show; give --word FILE, --model PATH or --prompt TEXT")
-    words = load_words([*args.concept, *filter(None, [args.word_file])], args.rename)
+    words = words_in([*args.concept, *filter(None, [args.word_file])], args.rename)
     model = load_for(args)
     if args.prompt:
         show_prompt(args.prompt, words, model)
@@ -862,9 +837,10 @@ OPTIONS: dict[str, dict] = dict(
     word_out=dict(flag="--out", metavar="FILE", help="the word's file (FOLDER.safetensors)"),
     resume=dict(action="store_true", help="continue a run that was stopped"),
     vectors=dict(type=int, help="vectors per word (default 1; 3 if progressive)"),
-    training_steps=dict(flag="--steps", type=int, help="training steps (5000; bundled model 600)"),
-    batch_size=dict(type=int, help="pictures per step (default 4; bundled model 8)"),
-    lr=dict(type=learning_rate, help="rate per picture of a batch (0.005), or base, high, low"),
+    training_steps=dict(flag="--steps", type=int, help="steps (5000; SDXL 2000; bundled 600)"),
+    training_size=dict(flag="--size", type=int, help="pixels (default: the model's own size)"),
+    batch_size=dict(type=int, help="pictures per step (4; SDXL 1; bundled 8)"),
+    lr=dict(type=learning_rate, help="rate per picture (0.005; SDXL 0.002), or base, high, low"),
     stop=dict(choices=STOPS, default="never", help="auto: stop once the word has converged"),
     weight_decay=dict(type=float, default=0.0, help="AdamW's weight decay (default 0)"),
     regularize=dict(type=float, default=0.0, metavar="W", help="keep the word near its init word"),
@@ -878,7 +854,7 @@ OPTIONS: dict[str, dict] = dict(
     save_every=dict(type=int, default=50, metavar="N", help="save a state every N steps (50)"),
     n=dict(flag="-n", type=int, default=4, help="pictures per prompt (default 4)"),
     steps=dict(type=int, default=50, help="DDIM steps (default 50)"),
-    guidance=dict(type=float, metavar="SCALE", help="1 is no guidance (default 7.5; bundled 3)"),
+    guidance=dict(type=float, metavar="SCALE", help="1 is no guidance (7.5; SDXL 5; bundled 3)"),
     eta=dict(type=float, default=0.0, help="0 is DDIM, 1 as noisy as DDPM (default 0)"),
     size=dict(type=picture_size, metavar="W[xH]", help="pixels (default: the model's own size)"),
     grid_out=dict(flag="--out", default="grid.png", metavar="FILE", help="the grid (grid.png)"),
@@ -893,7 +869,7 @@ MODEL = " model family prediction device precision"
 VERBS = {
     run_invert: "images init_word placeholder word_out resume overwrite vectors training_steps "
     "batch_size lr stop weight_decay regularize progressive per_image save_image_words templates "
-    "no_flip gradient_checkpointing preview_every save_every seed" + MODEL,
+    "training_size no_flip gradient_checkpointing preview_every save_every seed" + MODEL,
     run_sample: "prompts concept rename n steps guidance eta size grid_out singles overwrite seed"
     + MODEL,
     run_convert: "source target format placeholder word picture overwrite",

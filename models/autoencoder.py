@@ -164,9 +164,10 @@ class Autoencoder(nn.Module):
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation (B, z, h, w) of q(z | x) for pictures x (B, 3, H, W)
         in [-1, 1]; H and W are multiples of `config.factor`. Latents are not scaled yet."""
+        x = x.to(self.quant_conv.weight.dtype)
         mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
         return mean, torch.exp(0.5 * logvar.clamp(-30.0, 20.0))
 
     def decode(self, z: Tensor) -> Tensor:
         """Pictures (B, 3, H, W), about [-1, 1] and not clamped, from unscaled latents z."""
-        return self.decoder(self.post_quant_conv(z))
+        return self.decoder(self.post_quant_conv(z.to(self.quant_conv.weight.dtype)))

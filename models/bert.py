@@ -90,7 +90,7 @@ class BertTextEncoder(nn.Module):
         """The frozen embeddings (vocab_size, D) that words are looked up in."""
         return self.transformer.token_emb.weight
 
-    def forward(self, embeddings: Tensor) -> Tensor:
+    def forward(self, embeddings: Tensor, ends: Tensor | None = None) -> Tensor:
         """Context (B, L, D) from token embeddings (B, L, D), L at most `max_length`."""
         t = self.transformer
         x = embeddings + t.pos_emb.emb.weight[: embeddings.shape[1]]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import naming
 from .autoencoder import Autoencoder, AutoencoderConfig
 from .bert import BertConfig, BertTextEncoder
-from .clip import CLIP, CLIPConfig, CLIPTextEncoder, TextConfig, VisionConfig
+from .clip import CLIP, CLIPConfig, CLIPTextEncoder, SDXLTextEncoder, TextConfig, VisionConfig
 from .files import EXPECTED, CheckpointError, checking, contents, open_state, some
 from .latent_diffusion import LatentDiffusion
 from .naming import Tensors, count, part
@@ -26,10 +26,17 @@ from .schedule import Schedule
 from .tokenizers import CLIPTokenizer, WordPieceTokenizer
 from .unet import UNet, UNetConfig
 
-FAMILIES = ("ldm", "sd1", "sd2")
+FAMILIES = ("ldm", "sd1", "sd2", "sdxl")
 BUNDLED = Path(__file__).parent / "emoji"
 BERT_VOCAB = Path(__file__).parent / "vocab" / "bert-base-uncased.txt"
 BETAS = (0.00085, 0.012)  # LDM text2img-large and Stable Diffusion alike
+# For SDXL, whose steps cost eight times those of Stable Diffusion 1. The published recipes of
+# diffusers and of invoke-training agree on this rate per step and on showing 2,000 pictures.
+SDXL = dict(steps=2000, batch_size=1, lr=0.002, guidance_scale=5.0)
+REFUSED = {  # how a key begins: what the file is then
+    "conditioner.embedders.0.model.": "the refiner of Stable Diffusion XL",
+    "edm_": "a model trained as EDM (Playground and others)",
+}
 
 # ------------------------------------------------------------------------- sizes from the shapes
 
@@ -37,20 +44,20 @@ BETAS = (0.00085, 0.012)  # LDM text2img-large and Stable Diffusion alike
 def unet_config(state: Tensors, **known) -> UNetConfig:
     """Sizes of a UNet; `known` are the heads and the groups, which shapes do not tell."""
     levels: list[list[int]] = [[]]
-    attention = set()
+    depths = [0]
     for i in range(1, count(state, r"input_blocks\.(\d+)\.")):
         if f"input_blocks.{i}.0.op.weight" in state:
             levels.append([])
+            depths.append(0)
             continue
         levels[-1].append(state[f"input_blocks.{i}.0.in_layers.2.weight"].shape[0])
-        if f"input_blocks.{i}.1.proj_in.weight" in state:
-            attention.add(len(levels) - 1)
+        depths[-1] = count(state, rf"input_blocks\.{i}\.1\.transformer_blocks\.(\d+)\.")
     middle = "middle_block.1.transformer_blocks"
     config = UNetConfig(
         widths=tuple(level[0] for level in levels),
         num_res_blocks=len(levels[0]),
-        attention_levels=tuple(sorted(attention)),
-        depth=count(state, middle.replace(".", r"\.") + r"\.(\d+)\."),
+        depths=tuple(depths),
+        middle_depth=count(state, middle.replace(".", r"\.") + r"\.(\d+)\."),
         context_dim=state[f"{middle}.0.attn2.to_k.weight"].shape[1],
         channels=state["input_blocks.0.0.weight"].shape[1],
         linear_projection=state["middle_block.1.proj_in.weight"].ndim == 2,
@@ -83,13 +90,14 @@ def check_heads(width: int, heads: int | None) -> None:
         raise ValueError(f"{heads!r} attention heads do not divide {width} channels")
 
 
-def text_config(state: Tensors, heads: int | None, quick_gelu: bool) -> TextConfig:
+def text_config(state: Tensors, heads, quick_gelu: bool, tower: str = "text_model") -> TextConfig:
     """`heads` None: 64 channels each, as in every published CLIP."""
-    vocab_size, width = state["text_model.embeddings.token_embedding.weight"].shape
-    max_length = state["text_model.embeddings.position_embedding.weight"].shape[0]
+    own_table = f"{tower}.embeddings.token_embedding.weight"
+    vocab_size = state["token_table" if own_table not in state else own_table].shape[0]
+    max_length, width = state[f"{tower}.embeddings.position_embedding.weight"].shape
     heads = heads or max(1, width // 64)
     check_heads(width, heads)
-    layers = count(state, r"text_model\.encoder\.layers\.(\d+)\.")
+    layers = count(state, rf"{tower}\.encoder\.layers\.(\d+)\.")
     return TextConfig(width, layers, heads, quick_gelu, vocab_size, max_length)
 
 
@@ -106,8 +114,8 @@ def find_family(state: Tensors) -> str:
         return "sd1"
     if any(key.startswith("cond_stage_model.model.") for key in state):
         return "sd2"
-    if any(key.startswith("conditioner.embedders.") for key in state):
-        raise CheckpointError(f"Stable Diffusion XL is not supported; {EXPECTED}")
+    if any(key.startswith("conditioner.embedders.1.model.") for key in state):
+        return "sdxl"
     raise CheckpointError(f"not a text-to-image model, found {some(state)}; {EXPECTED}")
 
 
@@ -118,6 +126,8 @@ def settings_beside(path: Path) -> dict[str, str]:
         if name.is_file():
             text = name.read_text(errors="replace")
             lines = re.findall(r"^\s*(\w+):[ \t]*[\"']?([^\s\"'#]+)", text, re.MULTILINE)
+            if scaling := re.search(r"\.(Eps|V)Scaling\b", text):  # SDXL's configuration
+                lines.append(("parameterization", scaling[1].lower()))
             return dict(reversed(lines))  # the first of equal keys counts
     return {}
 
@@ -126,6 +136,9 @@ def read_single_file(path: Path, family: str | None) -> tuple[dict[str, Tensors]
     """LDM's or Stable Diffusion's own layout. EMA copies (`model_ema.`), the schedule's buffers
     and training leftovers are passed over, as in the original inference configuration."""
     state = open_state(path)
+    for start, what in REFUSED.items():
+        if any(key.startswith(start) for key in state):
+            raise CheckpointError(f"{what}, which is not supported; {EXPECTED}")
     family = family or find_family(state)
     beside = settings_beside(path)
     number = {k: int(v) for k, v in beside.items() if v.isdigit()}
@@ -134,7 +147,8 @@ def read_single_file(path: Path, family: str | None) -> tuple[dict[str, Tensors]
         known["attention"] = dict(heads=None, head_width=number["num_head_channels"])
     elif "num_heads" in number:
         known["attention"] = dict(heads=number["num_heads"])
-    known["text_heads"] = number.get("num_attention_heads") or number.get("heads")
+    heads = number.get("num_attention_heads"), number.get("heads")  # CLIP's, open_clip's
+    known["text_heads"] = heads if family == "sdxl" else heads[0] or heads[1]
     unet = part(state, "model.diffusion_model.")
     autoencoder = part(state, "first_stage_model.")
     autoencoder = {k: v for k, v in autoencoder.items() if not k.startswith("loss.")}
@@ -145,6 +159,10 @@ def read_single_file(path: Path, family: str | None) -> tuple[dict[str, Tensors]
         known["vocabulary"] = vocabulary if vocabulary.is_file() else None
     elif family == "sd1":
         text = naming.text_from_transformers(part(text, "transformer."))
+    elif family == "sdxl":
+        text = naming.text_from_sdxl(part(state, "conditioner.embedders."))
+        known["zero_snr"] = "ztsnr" in state  # empty keys by which fine-tunes say what they are
+        known["prediction"] = "v" if "v_pred" in state else known["prediction"]
     else:
         text = naming.text_from_open_clip(part(text, "model."))
     return dict(unet=unet, autoencoder=autoencoder, text=text), known
@@ -170,10 +188,11 @@ def read_component(folder: Path) -> tuple[Tensors, dict]:
 
 
 def read_folder(path: Path, family: str | None) -> tuple[dict[str, Tensors], dict]:
-    """A folder of Stable Diffusion 1 or 2 as diffusers writes it; warns of a schedule that is not
-    the usual one."""
-    if (path / "text_encoder_2").exists():
-        raise CheckpointError(f"Stable Diffusion XL is not supported; {EXPECTED}")
+    """A folder of Stable Diffusion 1, 2 or XL as diffusers writes it; warns of a schedule that is
+    not the usual one."""
+    xl = (path / "text_encoder_2").exists()
+    if xl and not (path / "text_encoder").exists():
+        raise CheckpointError(f"the refiner of SDXL, which is not supported; {EXPECTED}")
     unet, config = read_component(path / "unet")
     autoencoder, autoencoder_config = read_component(path / "vae")
     text, text_config = read_component(path / "text_encoder")
@@ -183,15 +202,18 @@ def read_folder(path: Path, family: str | None) -> tuple[dict[str, Tensors], dic
     for key, usual in (("beta_schedule", "scaled_linear"), ("num_train_timesteps", 1000)):
         if (value := scheduler.get(key, usual)) != usual:
             warnings.warn(f"{path}: {key} {value} is not supported, {usual} is taken instead")
+    if str(scheduler.get("_class_name")).startswith("EDM"):
+        raise CheckpointError(f"a model trained as EDM, which is not supported; {EXPECTED}")
     kind = scheduler.get("prediction_type")
     known = dict(
-        family=family or ("sd2" if linear else "sd1"),
+        family=family or ("sdxl" if xl else "sd2" if linear else "sd1"),
         name=path.name,
         prediction={"epsilon": "eps", "v_prediction": "v"}.get(kind, kind),
         betas=(scheduler.get("beta_start", BETAS[0]), scheduler.get("beta_end", BETAS[1])),
+        zero_snr=bool(scheduler.get("rescale_betas_zero_snr")),
         text_heads=text_config.get("num_attention_heads"),
         groups=[c.get("norm_num_groups", 32) for c in (config, autoencoder_config)],
-        scale_factor=float(autoencoder_config.get("scaling_factor", 0.18215)),
+        scale_factor=float(autoencoder_config.get("scaling_factor", 0.13025 if xl else 0.18215)),
     )
     # Trap: diffusers calls the number of heads `attention_head_dim`, one for all levels or a list.
     heads = config.get("num_attention_heads") or config.get("attention_head_dim")
@@ -204,6 +226,10 @@ def read_folder(path: Path, family: str | None) -> tuple[dict[str, Tensors], dic
     known["vocabulary"] = merges if merges.is_file() else None
     autoencoder = naming.autoencoder_from_diffusers(autoencoder)
     text = naming.text_from_transformers(text)
+    if xl:
+        second, config = read_component(path / "text_encoder_2")
+        text = naming.side_by_side(text, second)
+        known["text_heads"] = known["text_heads"], config.get("num_attention_heads")
     return dict(unet=unet, autoencoder=autoencoder, text=text), known
 
 
@@ -258,7 +284,7 @@ def load_model(
 
     path: a single file (.ckpt, .safetensors), a folder in the diffusers layout, or None for the
     bundled model. device, dtype: the best there are unless given; the text encoder stays in
-    float32 whatever `dtype` is. family ("ldm", "sd1", "sd2") and prediction ("eps", "v") override
+    float32 whatever `dtype` is. family (one of `FAMILIES`) and prediction ("eps", "v") override
     what the file says. Weights that need no conversion stay in the file, mapped: replace it by
     renaming another, never by writing into it. Raises `CheckpointError`, a ValueError, for
     anything but such a file.
@@ -290,17 +316,26 @@ def assemble(
     family: str,
     prediction: str | None,
     betas: tuple[float, float] = BETAS,
+    zero_snr: bool = False,
     attention: dict | None = None,  # the UNet's: its number of heads, or the channels in each
-    text_heads: int | None = None,
+    text_heads: int | tuple[int | None, int | None] | None = None,  # a pair for SDXL
     groups: tuple[int, int] = (32, 32),  # of the UNet's and the autoencoder's GroupNorm
     vocabulary: Path | None = None,
     **about,  # other fields of LatentDiffusion
 ) -> LatentDiffusion:
     """Build the networks, fill them with the file's tensors and put them together."""
     if attention is None:
-        attention = dict(heads=None, head_width=64) if family == "sd2" else dict(heads=8)
-    unet_sizes = unet_config(parts["unet"], norm_groups=groups[0], **attention)
+        wide = family in ("sd2", "sdxl")
+        attention = dict(heads=None, head_width=64) if wide else dict(heads=8)
     autoencoder_sizes = autoencoder_config(parts["autoencoder"], norm_groups=groups[1])
+    if family == "sdxl":
+        about = dict(scale_factor=0.13025, size=1024, defaults=SDXL) | about
+        vector_dim = parts["unet"]["label_emb.0.0.weight"].shape[1]
+        attention |= dict(vector_dim=vector_dim, factor=autoencoder_sizes.factor)
+    unet_sizes = unet_config(parts["unet"], norm_groups=groups[0], **attention)
+    # Trap: SDXL's autoencoder overflows in fp16; its pictures are black then.
+    overflows = family == "sdxl" and dtype == torch.float16
+    autoencoder_dtype = torch.float32 if overflows else dtype
     takes, has = unet_sizes.channels, autoencoder_sizes.z_channels
     if takes != has:
         raise CheckpointError(
@@ -311,17 +346,17 @@ def assemble(
     sample = parts["unet"]["out.2.weight"]
     model = LatentDiffusion(
         filled(UNet, unet_sizes, parts["unet"], dtype, device),
-        filled(Autoencoder, autoencoder_sizes, parts["autoencoder"], dtype, device),
+        filled(Autoencoder, autoencoder_sizes, parts["autoencoder"], autoencoder_dtype, device),
         text_encoder,
         load_tokenizer(family, text_encoder.config, vocabulary),
-        Schedule(*betas, prediction or "eps"),
+        Schedule(*betas, prediction or ("v" if zero_snr else "eps"), zero_snr=zero_snr),
         family,
         fingerprint=fingerprint(sample),
         stored=str(sample.dtype).removeprefix("torch."),
         **about,
     )
-    if family == "sd2" and not prediction:  # there are both, with the same keys
-        model.schedule = Schedule(*betas, measure_prediction(model))
+    if family in ("sd2", "sdxl") and not prediction:  # there are both, with the same keys
+        model.schedule = Schedule(*betas, measure_prediction(model), zero_snr=zero_snr)
     if "size" not in about:
         large = 768 if family == "sd2" and model.schedule.prediction == "v" else 512
         model.size = 256 if family == "ldm" else large
@@ -347,10 +382,14 @@ def filled(kind: type[nn.Module], config, state: Tensors, dtype, device) -> nn.M
     return module.eval()
 
 
-def load_text_encoder(family: str, state: Tensors, heads: int | None, device) -> nn.Module:
+def load_text_encoder(family: str, state: Tensors, heads, device) -> nn.Module:
     """The text encoder, float32; `heads` of CLIP's attention if they are known."""
     if family == "ldm":
         return filled(BertTextEncoder, bert_config(state), state, torch.float32, device)
+    if family == "sdxl":
+        first = text_config(state, heads[0], quick_gelu=True, tower="clip_l")
+        second = text_config(state, heads[1], quick_gelu=False, tower="clip_g")
+        return filled(SDXLTextEncoder, (first, second), state, torch.float32, device)
     config = text_config(state, heads, quick_gelu=family == "sd1")
     return filled(CLIPTextEncoder, config, state, torch.float32, device)
 
@@ -372,7 +411,7 @@ def load_tokenizer(family: str, config: BertConfig | TextConfig, vocabulary: Pat
 
 
 def measure_prediction(model: LatentDiffusion) -> str:
-    """Tell an eps-model from a v-model by asking it (SD 2's two kinds have the same keys).
+    """Tell an eps-model from a v-model by asking it (both kinds have the same keys).
 
     At the last timestep x_t is nearly all noise: an eps-model returns it, a v-model about -x_0.
     """

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from .layers import attention
+from .layers import Conditioning, attention
 
 # Mean and standard deviation per channel of the pictures that OpenAI's CLIP was trained on.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -26,7 +26,7 @@ class TowerConfig:
     width: int = 768
     layers: int = 12
     heads: int = 12
-    quick_gelu: bool = True  # OpenAI's CLIP; open_clip's ViT-H (SD 2) has the exact GELU
+    quick_gelu: bool = True  # OpenAI's CLIP; open_clip's (SD 2, SDXL) have the exact GELU
 
 
 @dataclass
@@ -115,8 +115,15 @@ class TextModel(nn.Module):
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """Features (B, L, D) from token embeddings (B, L, D): causal, no padding mask."""
+        return self.final_layer_norm(self.last_two(embeddings)[1])
+
+    def last_two(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the outputs (B, L, D) of the last two layers, not normalised."""
         x = embeddings + self.embeddings.position_embedding.weight[: embeddings.shape[1]]
-        return self.final_layer_norm(self.encoder(x, causal=True))
+        *layers, last = self.encoder.layers
+        for layer in layers:
+            x = layer(x, causal=True)
+        return x, last(x, causal=True)
 
 
 class CLIPTextEncoder(nn.Module):
@@ -131,6 +138,7 @@ class CLIPTextEncoder(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.config = config
+        self.widths = (config.width,)
         self.text_model = TextModel(config)
 
     @property
@@ -138,9 +146,47 @@ class CLIPTextEncoder(nn.Module):
         """The frozen embeddings (vocab_size, D) that words are looked up in."""
         return self.text_model.embeddings.token_embedding.weight
 
-    def forward(self, embeddings: Tensor) -> Tensor:
+    def forward(self, embeddings: Tensor, ends: Tensor | None = None) -> Tensor:
         """Context (B, L, D) from token embeddings (B, L, D), L at most `max_length`."""
         return self.text_model(embeddings)
+
+
+class SDXLTextEncoder(nn.Module):
+    """The text encoders of SDXL side by side: CLIP-L, and open_clip's ViT-bigG (Podell et al. 2023,
+    section 2.1). Both read the same tokens.
+
+    Their token tables are one table, each row of which is a row of CLIP-L's and one of bigG's; so a
+    learnt word is one vector too.
+    """
+
+    restores_mean = True
+
+    def __init__(self, configs: tuple[TextConfig, TextConfig]):
+        super().__init__()
+        self.config = configs[0]  # of the vocabulary and the length, which both share
+        self.widths = tuple(config.width for config in configs)
+        self.token_table = nn.Parameter(torch.zeros(self.config.vocab_size, sum(self.widths)))
+        self.clip_l, self.clip_g = (TextModel(config) for config in configs)
+        for tower in (self.clip_l, self.clip_g):
+            del tower.embeddings.token_embedding
+        self.text_projection = nn.Linear(self.widths[1], self.widths[1], bias=False)
+
+    def forward(self, embeddings: Tensor, ends: Tensor) -> Conditioning:
+        """Return context (B, L, D_l + D_g) and pooled text (B, D_g) from token embeddings like the
+        context, and the positions (B,) of the end tokens.
+
+        Trap: the context is the output of both penultimate layers, here without the final norm;
+        pooled is the last layer's of bigG with it, at the end token.
+        """
+        first, second = embeddings.split(self.widths, dim=-1)
+        # Trap: CLIP-L's prompts are padded with the end token, bigG's with id 0.
+        padding = torch.arange(embeddings.shape[1], device=ends.device) > ends[:, None]  # (B, L)
+        second = torch.where(padding[..., None], self.token_table[0, self.widths[0] :], second)
+        first, _ = self.clip_l.last_two(first)
+        second, last = self.clip_g.last_two(second)
+        at_end = torch.arange(len(ends), device=ends.device), ends
+        pooled = self.text_projection(self.clip_g.final_layer_norm(last)[at_end])
+        return Conditioning(torch.cat([first, second], dim=-1), pooled)
 
 
 class VisionEmbeddings(nn.Module):

@@ -4,6 +4,9 @@ The paper's code: a pickled {"string_to_token", "string_to_param": ParameterDict
 A1111: the same with a plain dict, "name", "step" and the base model; or that as JSON in a picture.
 diffusers: {placeholder: (V, D) or (D,)}, several vectors also as `name`, `name_1`, `name_2`, ...
 kohya, ComfyUI, InvokeAI: {"emb_params": (V, D)}. OneTrainer: {"emp_params": (V, D)}, spelt so.
+SDXL: {"clip_l": (V, 768), "clip_g": (V, 1280)} everywhere, in any container; also within a LoRA
+("bundle_emb.NAME.clip_l"). diffusers' script writes two files, learned_embeds.safetensors and
+learned_embeds_2.safetensors. Here such a word is one (V, 768 + 1280).
 
 The content of a file decides on its format, not its suffix. Nothing in it can run (files.py).
 """
@@ -12,7 +15,8 @@ import base64
 import io
 import json
 import re
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -31,6 +35,8 @@ FORMATS = tuple(SUFFIXES)
 MAX_VECTORS, MAX_WIDTH = 1000, 16384  # in one file
 MAX_TABLE = 1 << 22  # bytes of pickle, header or JSON; those of whole checkpoints are below 1 MB
 PNG, PNG_KEY = b"\x89PNG\r\n\x1a\n", "sd-ti-embedding"  # first bytes; name of A1111's text chunk
+SDXL = (768, 1280)  # widths of the halves of its words
+HALVES = dict(clip_l="clip_g", text_encoders_0="text_encoders_1")  # the latter: old Replicate files
 STAR = {1280: 1008}  # the id of "*" by width: BERT's in LDM,
 CLIP_STAR = 265  # and CLIP's elsewhere
 A1111_KEYS = dict(steps="step", base_model="sd_checkpoint_name", base_model_hash="sd_checkpoint")
@@ -40,7 +46,7 @@ EXPECTED = (
 )
 REFUSED = {  # key in the file: what that file is
     r".+\.(weight|bias)": "a model's weights, no learnt word; a checkpoint goes to --model",
-    "clip_g": "a word for SDXL, which is not supported; take one for Stable Diffusion 1 or 2",
+    "clip_[lg]": "half of a word for SDXL, which needs clip_l and clip_g of as many vectors",
     "emp_params_out": "only OneTrainer's output embedding, no word; train without that option",
 }
 # Control characters, line separators, text that runs backwards, halves of characters. No wider
@@ -96,9 +102,12 @@ def load_concepts(path: str | Path) -> list[Concept]:
     """
     path, words = Path(path), {}
     with files.checking(path, EXPECTED):
-        content, metadata, name = open_word(path)
-        for key, tensor in tensors_of_words(content, name).items():
-            words[clean(key).strip() or clean(path.stem)] = checked(key, tensor)
+        opened = [open_word(file) for file in both_files(path)]
+        content, metadata, name = opened[0]
+        tables = [tensors_of_words(table, name) for table, *_ in opened]
+        for key in tables[0]:
+            halves = [checked(key, table[key]) for table in tables]
+            words[clean(key).strip() or clean(path.stem)] = torch.cat(halves, dim=1)
             if sum(map(len, words.values())) > MAX_VECTORS:
                 raise CheckpointError(f"more than {MAX_VECTORS:,} vectors are no learnt words")
         if not words:
@@ -112,8 +121,35 @@ def load_concepts(path: str | Path) -> list[Concept]:
     return [Concept(name, v, dict(metadata)) for name, v in join_numbered(words).items()]
 
 
+def words_in(files: Sequence[str], renames: Sequence[str]) -> list[Concept]:
+    """Return the words of the files, with the names that --rename OLD=NEW gives them."""
+    new_names = dict(entry.rpartition("=")[::2] for entry in renames)
+    concepts, known = [], set()
+    for path in files:
+        for concept in load_concepts(path):
+            olds = (path, Path(path).name, concept.placeholder)
+            old = next((old for old in olds if old in new_names), concept.placeholder)
+            concepts.append(replace(concept, placeholder=new_names.get(old, old)))
+            known |= set(olds)
+    for old, new in new_names.items():
+        if old not in known or not new:
+            raise ValueError(
+                f"--rename {old}={new}: no word or file of that name is loaded, or no new name "
+                f"is given; there are {', '.join(sorted(known)) or 'none (use --concept FILE)'}"
+            )
+    return concepts
+
+
 def clean(text: str) -> str:
     return HARMFUL.sub("?", text)
+
+
+def both_files(path: Path) -> list[Path]:
+    """Return the path, or both files of a word for SDXL as diffusers' script writes them."""
+    first = path.name.replace("learned_embeds_2", "learned_embeds", 1)
+    second = first.replace("learned_embeds", "learned_embeds_2", 1)
+    pair = [path.with_name(name) for name in (first, second)]
+    return pair if first != second and all(p.is_file() for p in pair) else [path]
 
 
 def open_word(path: Path) -> tuple[dict, dict[str, str], str]:
@@ -157,10 +193,23 @@ def tensors_of_words(content: dict, name: str) -> dict[str, Tensor]:
     for key in ("emb_params", "emp_params"):
         if key in tensors:
             return {name: tensors[key]}
+    if words := joined_halves(tensors, name):
+        return words
     for pattern, what in REFUSED.items():
         if any(re.fullmatch(pattern, key) for key in tensors):
             raise CheckpointError(what)
     return tensors
+
+
+def joined_halves(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Return SDXL's words, the halves of each side by side; `name` for one without a name."""
+    words = {}
+    for key, first in tensors.items():
+        match = re.fullmatch(rf"(bundle_emb\.(.+)\.)?({'|'.join(HALVES)})", key)
+        if match and (other := f"{match[1] or ''}{HALVES[match[3]]}") in tensors:
+            halves = checked(key, first), checked(other, tensors[other])
+            words[match[2] or name] = torch.cat(halves, dim=1)
+    return words
 
 
 def checked(name: str, tensor: Tensor) -> Tensor:
@@ -214,6 +263,8 @@ def encode_concept(
     token; so it is always "*", id 265 for CLIP, 1008 for BERT (1280 wide). No metadata.
     "a1111": .pt, whose file name is the word, or .png: `picture`, or else a card with the word on
     it, with the file in a text chunk. Metadata "steps", "base_model" and "base_model_hash".
+    A word for SDXL: {clip_l, clip_g} in all of these. The name of a .pt or .png is the word's then,
+    for A1111 takes every other entry for a tensor.
     """
     suffix, placeholder = suffix.lower(), concept.placeholder
     if suffix not in SUFFIXES.get(format, ()):
@@ -223,9 +274,14 @@ def encode_concept(
         raise ValueError(f"placeholder {placeholder!r} cannot be written; use one like <cat>")
     vectors = checked(placeholder, concept.vectors.detach().cpu())
     metadata = concept.metadata | {"placeholder": placeholder}
+    halves = {}
+    if vectors.shape[1] == sum(SDXL):
+        first, second = (half.contiguous() for half in vectors.split(SDXL, dim=1))
+        halves = {"clip_l": first, "clip_g": second}
     if suffix == ".safetensors":
-        return save({placeholder if format == "diffusers" else format: vectors}, metadata)
-    if format == "paper":
+        key = placeholder if format == "diffusers" else format
+        return save(halves or {key: vectors}, metadata)
+    if format == "paper" and not halves:
         token = {"*": torch.tensor(STAR.get(vectors.shape[1], CLIP_STAR))}
         parameters = nn.ParameterDict({"*": nn.Parameter(vectors)})
         return torch_file({"string_to_token": token, "string_to_param": parameters})
@@ -233,7 +289,9 @@ def encode_concept(
     content |= {"name": placeholder, "step": None, "sd_checkpoint": None}
     content |= {theirs: metadata.get(ours) for ours, theirs in A1111_KEYS.items()}
     content["step"] = int(steps) if (steps := content["step"] or "").isdecimal() else None
-    return torch_file(content) if suffix == ".pt" else png_file(content, picture)
+    if suffix == ".pt":
+        return torch_file(halves or content)
+    return png_file(halves or content, picture or card(placeholder))
 
 
 def torch_file(content: dict) -> bytes:
@@ -244,17 +302,16 @@ def torch_file(content: dict) -> bytes:
     return files.without_code(file).getvalue()
 
 
-def png_file(content: dict, picture: Image.Image | None) -> bytes:
+def png_file(content: dict, picture: Image.Image) -> bytes:
     """The picture with the content as `json_in_png` reads it. Float32 is kept exactly: Python
     writes a float with as many digits as it takes to read it back the same."""
-    vectors = content["string_to_param"]["*"].tolist()
-    content = content | {"string_to_param": {"*": {"TORCHTENSOR": vectors}}}
-    text = base64.b64encode(json.dumps(content).encode())
+    text = json.dumps(content, default=lambda tensor: {"TORCHTENSOR": tensor.tolist()})
+    text = base64.b64encode(text.encode())
     files.check_size(len(text), MAX_TABLE)
     info = PngImagePlugin.PngInfo()
     info.add_text(PNG_KEY, text)
     file = io.BytesIO()
-    (picture or card(content["name"])).convert("RGB").save(file, "PNG", pnginfo=info)
+    picture.convert("RGB").save(file, "PNG", pnginfo=info)
     return file.getvalue()
 
 

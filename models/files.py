@@ -29,8 +29,8 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 ZIP = b"PK\x03\x04"  # how files of torch.save begin
 BEFORE_1_6 = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # and of torch before 1.6
 EXPECTED = (
-    "expected an LDM or Stable Diffusion 1/2 checkpoint (.ckpt or .safetensors), or a folder in "
-    "the diffusers layout"
+    "expected an LDM or a Stable Diffusion 1, 2 or XL checkpoint (.ckpt or .safetensors), or a "
+    "folder in the diffusers layout"
 )
 
 
@@ -61,7 +61,7 @@ def checking(path: Path, expected: str = EXPECTED):
     try:
         yield
     except CheckpointError as e:
-        if str(e).startswith(str(CheckpointError(str(path)))):
+        if str(e).startswith(str(CheckpointError(f"{path}: "))):
             raise
         raise CheckpointError(f"{path}: {e}") from e
     except Exception as e:  # parsers and shape arithmetic raise nearly anything

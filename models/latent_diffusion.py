@@ -8,7 +8,7 @@ the text encoder, eps_theta the UNet. Everything is frozen. Textual inversion ad
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -17,12 +17,15 @@ from torch import Tensor
 
 from .autoencoder import Autoencoder
 from .concepts import Concept
+from .layers import Conditioning, each
 from .schedule import Schedule
 from .tokenizers import Placeholders, Tokenizer, any_of, escape, is_one_word, split_weights
 from .unet import UNet
 
 # Which model a word belongs to, by the width of its vectors.
 WIDTHS = {768: "a Stable Diffusion 1", 1024: "a Stable Diffusion 2", 1280: "LDM text2img-large"}
+WIDTHS |= {2048: "a Stable Diffusion XL"}
+Context = Tensor | Conditioning  # (B, L, D); SDXL's has pooled text (B, P) beside it
 
 
 class TextEncoder(Protocol):
@@ -30,9 +33,11 @@ class TextEncoder(Protocol):
 
     token_table: Tensor  # (vocab_size, D), the frozen embeddings that words are looked up in
     restores_mean: bool  # whether weights in a prompt keep the mean of its features
+    widths: tuple[int, ...]  # of the features of each encoder, where there are several: D in all
 
-    def __call__(self, embeddings: Tensor) -> Tensor:
-        """Return the context (B, L, D) of token embeddings (B, L, D)."""
+    def __call__(self, embeddings: Tensor, ends: Tensor) -> Context:
+        """Return the context (B, L, D) of token embeddings (B, L, D), whose prompts end at the
+        positions `ends` (B,)."""
 
 
 @dataclass
@@ -42,11 +47,11 @@ class LatentDiffusion:
     text_encoder: TextEncoder
     tokenizer: Tokenizer
     schedule: Schedule
-    family: str  # "ldm", "sd1" or "sd2"
+    family: str  # "ldm", "sd1", "sd2" or "sdxl"
     name: str = ""  # of the file or folder; "emoji" for the bundled model, an LDM
     size: int = 512  # side of the square pictures it was trained on, pixels
     # Makes the variance of the latents about 1, as the noise schedule expects: at its end only
-    # noise of variance 1 is left. 0.18215 in LDM and Stable Diffusion 1 and 2.
+    # noise of variance 1 is left. 0.18215 in LDM and Stable Diffusion 1 and 2, 0.13025 in XL.
     scale_factor: float = 0.18215
     fingerprint: str = ""  # identifies the base model, the same for its fp32 and fp16 files
     stored: str = ""  # precision of its file: "float16"
@@ -64,7 +69,7 @@ class LatentDiffusion:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the UNet and the autoencoder; the text encoder always computes in float32."""
+        """Of the UNet; the text encoder always computes in float32."""
         return self.unet.out[2].weight.dtype
 
     def __str__(self) -> str:
@@ -103,8 +108,9 @@ class LatentDiffusion:
         learnt = F.embedding(new.clamp(min=0), vectors)
         return torch.where(new[..., None] >= 0, learnt, frozen)  # (B, L, D)
 
-    def encode_text(self, prompts: Sequence[str], concepts: Sequence[Concept] = ()) -> Tensor:
-        """Return the context (B, L, D), float32, of prompts that may hold placeholders.
+    def encode_text(self, prompts: Sequence[str], concepts: Sequence[Concept] = ()) -> Context:
+        """Return the context (B, L, D), float32, of prompts that may hold placeholders; for SDXL a
+        `Conditioning`.
 
         Differentiable with respect to the concepts' vectors. What does not fit into L tokens is
         cut off. Brackets are plain text; `encode_prompts` reads them as weights.
@@ -113,7 +119,7 @@ class LatentDiffusion:
         rows = [self.tokenizer.token_ids(prompt, placeholders) for prompt in prompts]
         return self.encode_ids(rows, concepts)
 
-    def encode_ids(self, rows: list[list[int]], concepts: Sequence[Concept]) -> Tensor:
+    def encode_ids(self, rows: list[list[int]], concepts: Sequence[Concept]) -> Context:
         """Return the context (B, L, D) of B rows of ids of any length, without start and end.
         Equal rows are encoded once."""
         tokens = [tuple(self.tokenizer.pad(self.tokenizer.frame(ids))) for ids in rows]
@@ -122,9 +128,12 @@ class LatentDiffusion:
         vectors = None
         if concepts:
             vectors = torch.cat([c.vectors.to(self.device, torch.float32) for c in concepts])
-        context = self.text_encoder(self.embed(ids, vectors))
+        # Trap: the end token is found by its id, for a learnt word's id is higher.
+        ends = (ids == self.tokenizer.end_id).int().argmax(dim=1)
+        context = self.text_encoder(self.embed(ids, vectors), ends)
         where = torch.tensor([distinct.index(row) for row in tokens], device=self.device)
-        return context.index_select(0, where)  # not context[where]: see the trap in `embed`
+        # Not part[where]: see the trap in `embed`.
+        return each(lambda part: part.index_select(0, where), context)
 
     def weighted_ids(self, prompt: str, concepts: Sequence[Concept]) -> list[tuple[int, float]]:
         """Return the ids of a prompt, each with its weight, without start and end."""
@@ -134,36 +143,41 @@ class LatentDiffusion:
         pieces = split_weights(prompt)
         return [(i, w) for text, w in pieces for i in self.tokenizer.token_ids(text, placeholders)]
 
-    def encode_prompts(self, prompts: Sequence[str], concepts: Sequence[Concept] = ()) -> Tensor:
+    def encode_prompts(self, prompts: Sequence[str], concepts: Sequence[Concept] = ()) -> Context:
         """Return the context (B, L, D) as `encode_text` does, with brackets read as weights.
 
         Each token's output is multiplied by its weight, then the whole prompt is scaled so that its
-        mean is what it was: the rule of AUTOMATIC1111's web UI, which knows CLIP only. BERT's mean
-        is close to 0, so LDM leaves the scaling out: it multiplied whole prompts by -18. Raises
-        ValueError for a weight that is no number.
+        mean is what it was: the rule of AUTOMATIC1111's web UI, which knows CLIP only and takes
+        each of SDXL's two by itself. BERT's mean is close to 0, so LDM leaves the scaling out: it
+        multiplied whole prompts by -18. Raises ValueError for a weight that is no number.
         """
         rows = [self.weighted_ids(prompt, concepts) for prompt in prompts]
-        context = self.encode_ids([[i for i, _ in row] for row in rows], concepts)
+        encoded = self.encode_ids([[i for i, _ in row] for row in rows], concepts)
+        context = encoded.context if isinstance(encoded, Conditioning) else encoded
         weights = torch.ones(context.shape[:2])
         for i, row in enumerate(rows):
             row = row[: self.tokenizer.max_length - 2]
             weights[i, 1 : 1 + len(row)] = torch.tensor([weight for _, weight in row])
         scaled = context * weights[..., None].to(context.device)
-        if not self.text_encoder.restores_mean:
-            return scaled
-        # A mean is small beside the numbers it is the mean of, hence float64, which MPS has not.
-        before, after = (x.cpu().double().mean((1, 2), True) for x in (context, scaled))
-        return scaled * (before / after).to(scaled)
+        if self.text_encoder.restores_mean:
+            pairs = zip(*(x.split(self.text_encoder.widths, dim=-1) for x in (context, scaled)))
+            scaled = torch.cat([restore_mean(before, after) for before, after in pairs], dim=-1)
+        return replace(encoded, context=scaled) if context is not encoded else scaled
 
     def conditioning(
         self, prompts: Sequence[str], concepts: Sequence[Concept] = ()
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Context, Context]:
         """Return the context (P, L, D) of the prompts and that of the empty prompt (1, L, D), as
-        `guided` takes them. Checks the concepts and warns of prompts that are too long."""
+        `guided` takes them. Checks the concepts and warns of prompts that are too long.
+
+        Trap: SDXL was trained with zeros in place of the empty prompt.
+        """
         self.check_concepts(concepts)
         for prompt in prompts:
             self.warn_if_cut(prompt, len(self.weighted_ids(prompt, concepts)))
-        return self.encode_prompts(prompts, concepts), self.encode_text([""])
+        uncond = self.encode_text([""])
+        uncond = each(torch.zeros_like, uncond) if self.family == "sdxl" else uncond
+        return self.encode_prompts(prompts, concepts), uncond
 
     def token_text(self, i: int, concepts: Sequence[Concept] = ()) -> str:
         """Return the text of an id: the vocabulary's entry, or a word and its vector's number."""
@@ -239,7 +253,7 @@ class LatentDiffusion:
     def encode_moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation (B, C, h, w), scaled, float32, of images (B, 3, H, W)
         in [-1, 1]. mean + std * noise is a sample of the latents z ~ E(x)."""
-        moments = self.autoencoder.encode(images.to(self.device, self.dtype))
+        moments = self.autoencoder.encode(images.to(self.device))
         mean, std = (m.float() * self.scale_factor for m in moments)
         return mean, std
 
@@ -252,20 +266,27 @@ class LatentDiffusion:
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Return images (B, 3, H, W) in [-1, 1], float32, of scaled latents (B, C, h, w)."""
         z = latents.to(self.device, torch.float32) / self.scale_factor
-        return self.autoencoder.decode(z.to(self.dtype)).float().clamp(-1, 1)
+        return self.autoencoder.decode(z).float().clamp(-1, 1)
 
     # --------------------------------------------------------------------------- guidance
 
     @torch.no_grad()
     def guided(
-        self, x_t: Tensor, t: Tensor, context: Tensor, uncond: Tensor, guidance_scale: float
+        self, x_t: Tensor, t: Tensor, context: Context, uncond: Context, guidance_scale: float
     ) -> Tensor:
         """Return the prediction by classifier-free guidance (Ho & Salimans 2021): pushed away from
         the one for `uncond`, the empty prompt. Scale 1 is no guidance. Both run as one batch.
         """
         if guidance_scale == 1:
             return self.unet(x_t, t, context).float()
-        both = torch.cat([uncond.expand_as(context), context])  # (2B, L, D)
+        both = each(lambda u, c: torch.cat([u.expand_as(c), c]), uncond, context)  # (2B, L, D)
         prediction = self.unet(torch.cat([x_t, x_t]), torch.cat([t, t]), both).float()
         without, with_text = prediction.chunk(2)
         return without + guidance_scale * (with_text - without)
+
+
+def restore_mean(before: Tensor, after: Tensor) -> Tensor:
+    """Return `after` (B, L, D), scaled so that each row's mean is that of `before`."""
+    # A mean is small beside the numbers it is the mean of, hence float64, which MPS has not.
+    old, new = (x.cpu().double().mean((1, 2), True) for x in (before, after))
+    return after * (old / new).to(after)

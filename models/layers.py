@@ -1,6 +1,9 @@
-"""The small pieces that every network here shares: attention, timestep embedding, upsampling."""
+"""The small pieces that the networks here share: attention, timestep embedding, upsampling, and
+what the text encoders hand to the UNet."""
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -36,3 +39,28 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+@dataclass
+class Conditioning:
+    """What SDXL's UNet is conditioned on; for the other families it is the context, a tensor."""
+
+    context: Tensor  # (B, L, D)
+    pooled: Tensor  # (B, P): the text as a whole
+    # (B, 6), pixels: original height and width, top and left of the crop, target height and width
+    # (Podell et al. 2023, section 2.2). None: those of a picture that nobody resized or cropped.
+    sizes: Tensor | None = None
+
+    def __getitem__(self, rows: Sequence[int]) -> "Conditioning":
+        return each(lambda part: part[rows], self)
+
+    def isfinite(self) -> Tensor:
+        return torch.cat([self.context.isfinite().flatten(), self.pooled.isfinite().flatten()])
+
+
+def each(function: Callable, *given: Tensor | Conditioning) -> Tensor | Conditioning:
+    """Apply a function to tensors, or part by part to Conditionings."""
+    if isinstance(given[0], Tensor):
+        return function(*given)
+    parts = zip(*((g.context, g.pooled, g.sizes) for g in given))
+    return Conditioning(*(None if part[0] is None else function(*part) for part in parts))

@@ -8,6 +8,7 @@ open_clip's and OpenAI's CLIP are renamed here, on whole dotted segments.
 import re
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
@@ -43,6 +44,8 @@ UNET_OUTSIDE = {
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
     "mid_block.resnets.0": "middle_block.0",
@@ -151,8 +154,9 @@ def clip_from_openai(state: Tensors) -> Tensors:
 
 def text_from_transformers(state: Tensors) -> Tensors:
     """CLIP's text tower under `text_model.`, which some files leave out; no position_ids."""
-    named = {"text_model." + k.removeprefix("text_model."): v for k, v in state.items()}
-    return {k: v for k, v in named.items() if not k.endswith("position_ids")}
+    state = {k: v for k, v in state.items() if not k.endswith("position_ids")}
+    outside = ("text_model.", "text_projection.")
+    return {k if k.startswith(outside) else f"text_model.{k}": v for k, v in state.items()}
 
 
 def text_from_open_clip(state: Tensors) -> Tensors:
@@ -161,6 +165,23 @@ def text_from_open_clip(state: Tensors) -> Tensors:
     unused = ("text_projection", "logit_scale")
     tower = {k: v for k, v in state.items() if f".resblocks.{last}." not in k and k not in unused}
     return text_from_transformers(clip_from_openai(tower))
+
+
+def text_from_sdxl(state: Tensors) -> Tensors:
+    """SDXL's text encoders from a single file; open_clip's projection multiplies from the right."""
+    second = part(state, "1.model.")
+    second["text_projection.weight"] = second.pop("text_projection").T
+    second.pop("logit_scale", None)
+    return side_by_side(part(state, "0.transformer."), clip_from_openai(second))
+
+
+def side_by_side(first: Tensors, second: Tensors) -> Tensors:
+    """CLIP-L and bigG in the names of `transformers`, as one encoder with one table of tokens."""
+    first, second = text_from_transformers(first), text_from_transformers(second)
+    state = {k.replace("text_model", "clip_l"): v for k, v in first.items()}
+    state |= {k.replace("text_model", "clip_g"): v for k, v in second.items()}
+    tables = [state.pop(f"{t}.embeddings.token_embedding.weight") for t in ("clip_l", "clip_g")]
+    return state | {"token_table": torch.cat(tables, dim=1)}
 
 
 def towers_from_openai(state: Tensors) -> Tensors:

@@ -3,6 +3,7 @@
 [1] Ho et al. 2020, "Denoising Diffusion Probabilistic Models" (DDPM)
 [2] Song et al. 2021, "Denoising Diffusion Implicit Models" (DDIM)
 [3] Salimans & Ho 2022, "Progressive Distillation" (v-prediction)
+[4] Lin et al. 2024, "Common Diffusion Noise Schedules and Sample Steps are Flawed"
 
 Steps have no state of their own; `ddim_sample` and `ddim_invert` are the loops over them.
 """
@@ -18,7 +19,8 @@ Predict = Callable[[Tensor, Tensor], Tensor]  # (x_t, t (B,)) -> prediction of x
 class Schedule:
     """Betas that rise linearly in their square root, over `length` timesteps.
 
-    `prediction` says what the UNet returns: "eps", the noise [1], or "v" [3].
+    `prediction` says what the UNet returns: "eps", the noise [1], or "v" [3]. `zero_snr`: the last
+    timestep is noise alone [4], and sampling starts there.
     `alphas_cumprod` (length,) is a_t, the share of signal variance left at timestep t: float64 on
     the CPU, where every coefficient is computed before it meets a picture in float32.
     """
@@ -29,15 +31,22 @@ class Schedule:
         beta_end: float,
         prediction: str = "eps",
         length: int = 1000,
+        zero_snr: bool = False,
     ):
         if prediction not in ("eps", "v"):
             raise ValueError(f"prediction type {prediction!r} is not known; use 'eps' or 'v'")
+        if zero_snr and prediction == "eps":
+            raise ValueError("noise alone does not tell a picture from eps; use --prediction v")
         self.prediction = prediction
+        self.zero_snr = zero_snr
         self.length = length
         self.betas = torch.linspace(
             beta_start**0.5, beta_end**0.5, length, dtype=torch.float64
         ).square()
         self.alphas_cumprod = torch.cumprod(1 - self.betas, dim=0)
+        if zero_snr:  # [4, algorithm 1]: sqrt(a_t) shifted to end at 0, and scaled to keep a_0
+            root = self.alphas_cumprod.sqrt()
+            self.alphas_cumprod = ((root - root[-1]) * root[0] / (root[0] - root[-1])).square()
 
     def a(self, t: Tensor | int, like: Tensor) -> Tensor:
         """a_t for timesteps t (B,) or a number, shaped to multiply `like` (B, ...); float64, on the
@@ -101,6 +110,8 @@ class Schedule:
         """
         if not 1 <= steps <= self.length:
             raise ValueError(f"steps {steps} is out of range; use 1 to {self.length}")
+        if self.zero_snr:  # 999, 979, ..., 19: "trailing" [4, section 3.3]
+            return [round(i * self.length / steps) - 1 for i in range(steps, 0, -1)]
         stride = self.length // steps
         if steps * stride < 0.95 * self.length:
             return [1 + i * self.length // steps for i in reversed(range(steps))]

@@ -1,6 +1,6 @@
 """eps_theta of the paper: a UNet with cross-attention (Rombach et al. 2022, section 3.3).
 
-One implementation for LDM, Stable Diffusion 1 and 2 and the bundled model; they differ only in
+One implementation for LDM, Stable Diffusion 1, 2 and XL and the bundled model; they differ only in
 the numbers of `UNetConfig`. Modules carry the key names of the CompVis checkpoints
 (`model.diffusion_model.` without the prefix), in which every entry of `input_blocks` and
 `output_blocks` is a short list of layers.
@@ -13,22 +13,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .layers import Upsample, attention, timestep_embedding
+from .layers import Conditioning, Upsample, attention, timestep_embedding
 
 
 @dataclass
 class UNetConfig:
     widths: tuple[int, ...] = (320, 640, 1280, 1280)  # channels per level, full resolution first
     num_res_blocks: int = 2  # per level on the way down; one more on the way up
-    attention_levels: tuple[int, ...] = (0, 1, 2)  # levels with spatial transformers
-    depth: int = 1  # transformer blocks per spatial transformer
+    # Transformer blocks in each spatial transformer of a level, 0 where there is none. The middle
+    # has as many as the last level in SDXL, where the others have none.
+    depths: tuple[int, ...] = (1, 1, 1, 0)
+    middle_depth: int = 1
     context_dim: int = 768
     channels: int = 4  # of the latents
-    # Attention heads: a fixed number (8 in LDM and SD 1) or a fixed width (64 in SD 2).
+    # Attention heads: a fixed number (8 in LDM and SD 1) or a fixed width (64 in SD 2 and SDXL).
     heads: int | None = 8
     head_width: int | None = None
     norm_groups: int = 32  # fewer in the narrow bundled model
-    linear_projection: bool = False  # SD 2: proj_in and proj_out are linear, not 1x1 convolutions
+    linear_projection: bool = False  # SD 2, SDXL: proj_in and proj_out are no 1x1 convolutions
+    vector_dim: int = 0  # SDXL: width of pooled text and embedded sizes, 2816; 0: none are taken
+    factor: int = 8  # pixels per latent, in each direction; only sizes need it
 
     @property
     def emb_dim(self) -> int:
@@ -124,14 +128,14 @@ class SpatialTransformer(nn.Module):
     """Adds to a picture (b, c, h, w) what transformer blocks make of its h * w positions and of the
     context (b, L, context_dim)."""
 
-    def __init__(self, width: int, config: UNetConfig):
+    def __init__(self, width: int, depth: int, config: UNetConfig):
         super().__init__()
         self.norm = nn.GroupNorm(config.norm_groups, width, eps=1e-6)
         project = nn.Linear if config.linear_projection else (lambda a, b: nn.Conv2d(a, b, 1))
         self.proj_in = project(width, width)
         heads = config.heads_for(width)
         self.transformer_blocks = nn.ModuleList(
-            TransformerBlock(width, config.context_dim, heads) for _ in range(config.depth)
+            TransformerBlock(width, config.context_dim, heads) for _ in range(depth)
         )
         self.proj_out = project(width, width)
 
@@ -180,13 +184,16 @@ class UNet(nn.Module):
 
         def blocks(c_in: int, level: int) -> list[nn.Module]:
             layers: list[nn.Module] = [ResBlock(c_in, widths[level], config)]
-            if level in config.attention_levels:
-                layers.append(SpatialTransformer(widths[level], config))
+            if depth := config.depths[level]:
+                layers.append(SpatialTransformer(widths[level], depth, config))
             return layers
 
         self.time_embed = nn.Sequential(
             nn.Linear(widths[0], emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim)
         )
+        if config.vector_dim:
+            layers = nn.Linear(config.vector_dim, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim)
+            self.label_emb = nn.Sequential(nn.Sequential(*layers))
         self.input_blocks = nn.ModuleList(
             [Block(nn.Conv2d(config.channels, widths[0], 3, padding=1))]
         )
@@ -202,7 +209,7 @@ class UNet(nn.Module):
         width = widths[-1]
         self.middle_block = Block(
             ResBlock(width, width, config),
-            SpatialTransformer(width, config),
+            SpatialTransformer(width, config.middle_depth, config),
             ResBlock(width, width, config),
         )
         self.output_blocks = nn.ModuleList()
@@ -225,16 +232,32 @@ class UNet(nn.Module):
             return checkpoint(block, h, emb, context, use_reentrant=False)
         return block(h, emb, context)
 
-    def forward(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
+    def embed_vector(self, x_t: Tensor, given: Conditioning) -> Tensor:
+        """Return what SDXL adds to the timestep's embedding, (B, emb_dim): pooled text and sizes.
+
+        Each of the six sizes is embedded by itself, as timesteps are.
+        """
+        (b, p), (h, w) = given.pooled.shape, x_t.shape[2:]
+        sizes, factor, dim = given.sizes, self.config.factor, (self.config.vector_dim - p) // 6
+        if sizes is None:
+            own = [h * factor, w * factor, 0, 0, h * factor, w * factor]
+            sizes = torch.tensor(own).expand(b, 6)
+        sizes = timestep_embedding(sizes.flatten().to(x_t.device), dim).reshape(b, 6 * dim)
+        vector = torch.cat([given.pooled.float(), sizes], dim=1)  # (B, vector_dim)
+        return self.label_emb(vector.to(self.out[2].weight.dtype))
+
+    def forward(self, x_t: Tensor, t: Tensor, context: Tensor | Conditioning) -> Tensor:
         """The prediction for noised latents: eps, or v where the schedule says so.
 
         x_t (B, C, h, w) latents, t (B,) integer timesteps, context (B, L, D) text features, of
-        any float precision; the result (B, C, h, w) has the precision of the weights. h and w
-        are multiples of 2 ** (levels - 1).
+        any float precision, for SDXL in a `Conditioning`; the result (B, C, h, w) has the precision
+        of the weights. h and w are multiples of 2 ** (levels - 1).
         """
         dtype = self.out[2].weight.dtype
-        h, context = x_t.to(dtype), context.to(dtype)
         emb = self.time_embed(timestep_embedding(t, self.config.widths[0]).to(dtype))
+        if isinstance(context, Conditioning):
+            emb, context = emb + self.embed_vector(x_t, context), context.context
+        h, context = x_t.to(dtype), context.to(dtype)
         skips = []
         for block in self.input_blocks:
             h = self.run(block, h, emb, context)

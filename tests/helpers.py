@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from models.autoencoder import Autoencoder, AutoencoderConfig
 from models.bert import BertConfig, BertTextEncoder
-from models.clip import CLIPTextEncoder, TextConfig
+from models.clip import CLIPTextEncoder, SDXLTextEncoder, TextConfig
 from models.schedule import Schedule
 from models.unet import UNet, UNetConfig
 
@@ -83,13 +83,26 @@ def fill(model: nn.Module, state: dict[str, Tensor], prefix: str = "") -> nn.Mod
 
 
 UNETS = {
-    "ldm": UNetConfig((32, 32, 64), 2, (0, 1), context_dim=32),
-    "sd1": UNetConfig((32, 64), 1, (0,), context_dim=32),
+    "ldm": UNetConfig((32, 32, 64), 2, (1, 1, 0), context_dim=32),
+    "sd1": UNetConfig((32, 64), 1, (1, 0), context_dim=32),
     "sd2": UNetConfig(
-        (32, 64), 1, (0,), context_dim=32, heads=None, head_width=16, linear_projection=True
+        (32, 64), 1, (1, 0), context_dim=32, heads=None, head_width=16, linear_projection=True
+    ),
+    "sdxl": UNetConfig(
+        (32, 64, 64),
+        1,
+        (0, 2, 3),
+        3,
+        context_dim=80,
+        heads=None,
+        head_width=16,
+        linear_projection=True,
+        vector_dim=96,
+        factor=4,
     ),
 }
 AUTOENCODERS = {"ldm": (32, 64, 32, 32), "sd1": (32, 32, 32, 32), "sd2": (32, 32, 32)}
+AUTOENCODERS["sdxl"] = (32, 32, 32)
 
 
 @cache
@@ -111,10 +124,26 @@ def tiny_text_encoder(family: str) -> BertTextEncoder | CLIPTextEncoder:
     if family == "sd1":
         config = TextConfig(width=32, layers=2, heads=4, vocab_size=640)
         return fill(CLIPTextEncoder(config), tiny_state("sd1"), "cond_stage_model.transformer.")
+    if family == "sdxl":
+        return tiny_sdxl_text_encoder()
     # The single file of SD 2 has open_clip's names; its folder has the same weights in ours.
     config = TextConfig(width=32, layers=2, heads=2, vocab_size=640, quick_gelu=False)
     file = GOLDEN / "tiny/sd2/diffusers/text_encoder/model.safetensors"
     return fill(CLIPTextEncoder(config), load_file(file))
+
+
+def tiny_sdxl_text_encoder() -> SDXLTextEncoder:
+    first = TextConfig(width=32, layers=3, heads=4, vocab_size=640)
+    second = TextConfig(width=48, layers=4, heads=3, vocab_size=640, quick_gelu=False)
+    state, tables = {}, []
+    for name, folder in (("clip_l", "text_encoder"), ("clip_g", "text_encoder_2")):
+        part = load_file(GOLDEN / f"tiny/sdxl/diffusers/{folder}/model.safetensors")
+        tables.append(part.pop("text_model.embeddings.token_embedding.weight"))
+        state |= {key.replace("text_model", name): value for key, value in part.items()}
+    state["token_table"] = torch.cat(tables, dim=1)
+    return fill(
+        SDXLTextEncoder((first, second)), {key: value.float() for key, value in state.items()}
+    )
 
 
 def schedule(family: str) -> Schedule:

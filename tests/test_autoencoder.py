@@ -19,8 +19,10 @@ from helpers import (
 
 from models.autoencoder import Autoencoder, AutoencoderConfig
 
+TABLES = ("ldm-text2img-large", "sd-v1-compvis", "sd-v2-compvis", "sdxl-compvis")
 
-@pytest.mark.parametrize("table", ("ldm-text2img-large", "sd-v1-compvis", "sd-v2-compvis"))
+
+@pytest.mark.parametrize("table", TABLES)
 def test_full_size_keys(table):
     with torch.device("meta"):
         autoencoder = Autoencoder(AutoencoderConfig())
@@ -28,7 +30,7 @@ def test_full_size_keys(table):
     assert shapes(autoencoder) == below(golden_keys(table), "first_stage_model.")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", (*FAMILIES, "sdxl"))
 def test_encode(family):
     g, autoencoder = golden(family), tiny_autoencoder(family)
     moments = autoencoder.quant_conv(autoencoder.encoder(g["vae.image"]))
@@ -42,10 +44,11 @@ def test_encode(family):
     assert_close_std(2 * std.log(), g["vae.logvar"], MOMENTS)
     sample = mean + std * g["vae.noise"]
     assert_close_std(sample, g["vae.sample"], MOMENTS)
-    assert_close_std(0.18215 * sample, g["vae.latent_scaled"], MOMENTS)
+    scale_factor = 0.13025 if family == "sdxl" else 0.18215
+    assert_close_std(scale_factor * sample, g["vae.latent_scaled"], MOMENTS)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", (*FAMILIES, "sdxl"))
 def test_decode(family):
     g = golden(family)
     assert_close_std(tiny_autoencoder(family).decode(g["vae.z"]), g["vae.decoded"], DECODE)

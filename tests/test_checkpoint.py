@@ -116,8 +116,8 @@ def test_overrides():
     assert load(TINY / "ldm/model.ckpt", family="ldm").family == "ldm"
     refusal(TINY / "ldm/model.ckpt", family="sd1")
     refusal(TINY / "sd1/model.ckpt", family="ldm")
-    with pytest.raises(ValueError, match="family 'sdxl'"):
-        load(TINY / "ldm/model.ckpt", family="sdxl")
+    with pytest.raises(ValueError, match="family 'sd3'"):
+        load(TINY / "ldm/model.ckpt", family="sd3")
     with pytest.raises(ValueError, match="prediction 'x0'"):
         load(TINY / "ldm/model.ckpt", prediction="x0")
 
@@ -612,7 +612,7 @@ def large(tmp_path_factory) -> dict[str, Path]:
     """The tiny SD 1 with a UNet of 85 million parameters, 340 MB in float32, in both formats."""
     folder = tmp_path_factory.mktemp("large")
     with torch.device("meta"):
-        unet = UNet(UNetConfig((256, 384, 384), 2, (0, 1), context_dim=32))
+        unet = UNet(UNetConfig((256, 384, 384), 2, (1, 1, 0), context_dim=32))
     state = {k: v.float() for k, v in single().items() if "diffusion_model" not in k}
     for key, value in unet.state_dict().items():
         state[f"model.diffusion_model.{key}"] = torch.full(value.shape, 0.01)

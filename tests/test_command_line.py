@@ -88,7 +88,7 @@ def test_mistakes_are_one_line_and_exit_status_2_of_the_process(tmp_path, argume
         (["--vectors", "0"], "vectors is 0"),
         (
             ["--init-word", "  "],
-            "no tokens that this model knows; use a coarse word",
+            "no tokens that this model knows; use a word such as cat",
         ),
         (["--placeholder", "my cat"], "has a space in it; use one like <cat>"),
         (["--placeholder", ""], "is empty"),
@@ -99,6 +99,7 @@ def test_mistakes_are_one_line_and_exit_status_2_of_the_process(tmp_path, argume
         (["--out", "word.doc"], "possible are .safetensors, .pt, .png"),
         (["--out", "."], "words are not written as"),
         (["--save-every", "0"], "save_every is 0"),
+        (["--preview-every", "-1"], "preview_every is -1"),
         (["--steps", "many"], "invalid int value: 'many'; see textinv.py invert --help"),
         (["--lr", "quick"], "use a number, base, high, low"),
         (["--save-image-words"], "--per-image"),
@@ -317,6 +318,16 @@ def test_a_faulty_weight_is_said_before_anything_is_drawn(tmp_path, capsys, monk
     draw = ["sample", "a cat", "a (dog:1.2.3)", "--singles", tmp_path / "all"]
     assert "is no weight" in mistake(capsys, *draw, "--out", tmp_path / "a.png")
     assert not [*tmp_path.iterdir()]
+
+
+def test_the_grid_takes_no_single_pictures_place(tmp_path, capsys):
+    draw = ["sample", "a cat", "-n", "2", "--singles", tmp_path, "--overwrite"]
+    assert "also a picture of --singles" in mistake(capsys, *draw, "--out", tmp_path / "0001.png")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_checkpoint_that_is_not_there_is_named(capsys):
+    assert "n: no such file or folder" in mistake(capsys, "show", "--model", "n")
 
 
 def test_the_command_to_try_next_works_as_it_stands(tmp_path, capsys, monkeypatch):

@@ -45,7 +45,7 @@ def test_a_run_takes_no_other_files_place_and_goes_on_only_as_it_began(tmp_path)
     assert run.look(resume=False, overwrite=True) is None
     run.begin(anew=True)
     run.rows = [{"step": "1", "loss": "0.5"}, {"step": "2", "loss": "0.4"}]
-    run.save({"step": torch.tensor(1)})
+    run.write_state({"step": torch.tensor(1)})
     again = Run(out, {"lr": 1, "steps": 9})
     assert int(again.look(resume=True, overwrite=False)["step"]) == 1
     assert again.rows == run.rows[:1]
@@ -54,7 +54,7 @@ def test_a_run_takes_no_other_files_place_and_goes_on_only_as_it_began(tmp_path)
     with pytest.raises(ValueError, match="began with lr 1, now it is 2"):
         Run(out, {"lr": 2}).look(resume=True, overwrite=False)
     (tmp_path / "cat.state").write_bytes(b"broken")
-    with pytest.raises(ValueError, match="begin anew with --overwrite"):
+    with pytest.raises(ValueError, match="start over"):
         Run(out, {"lr": 1}).look(resume=True, overwrite=False)
     Run(out, {"lr": 1}).begin(anew=True)
     assert Run(out, {"lr": 1}).look(resume=True, overwrite=False) is None
@@ -113,7 +113,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     process.send_signal(signal.SIGINT)
     text = process.communicate()[0]
     assert process.returncode == 130
-    assert "go on with: python" in text and "--resume" in text
+    assert "continue with: python" in text and "--resume" in text
     step = int(textinv.load_concept(out).metadata["steps"])
     assert 3 <= step < 5000
     rows = out.with_suffix(".csv").read_text().splitlines()

@@ -55,9 +55,9 @@ def test_equal_prompts_are_encoded_once_and_all_get_a_gradient(model, monkeypatc
     prompts = ["a photo of <m>", "a sketch", "a photo of <m>", "a photo of <m>"]
     shapes, forward = [], type(model.text_encoder).forward
 
-    def noted(self, embeddings):
+    def noted(self, embeddings, ends):
         shapes.append(tuple(embeddings.shape[:2]))
-        return forward(self, embeddings)
+        return forward(self, embeddings, ends)
 
     monkeypatch.setattr(type(model.text_encoder), "forward", noted)
     together = model.encode_text(prompts, [word])
@@ -454,7 +454,10 @@ def test_another_device_gives_the_same_word_and_pictures(model):
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
-@pytest.mark.parametrize("file", ("ldm/model.ckpt", "sd1/model.ckpt", "sd2/model.safetensors"))
+@pytest.mark.parametrize(
+    "file",
+    ("ldm/model.ckpt", "sd1/model.ckpt", "sd2/model.safetensors", "sdxl/model.safetensors"),
+)
 def test_every_family_works_on_another_device(file, dtype):
     with elsewhere():
         model = textinv.load_model(GOLDEN / "tiny" / file, dtype=dtype)
