@@ -109,7 +109,7 @@ def open_state(path: Path) -> dict[str, Tensor]:
     with checking(path):
         content, _ = open_content(path)
         if isinstance(content, Stub):
-            content = tensors_of_modules(content, "")
+            content = tensors_of_modules(content)
         if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
             content = content["state_dict"]
         if not isinstance(content, dict):
@@ -177,12 +177,18 @@ def without_code(source: BinaryIO) -> io.BytesIO:
     return copy
 
 
-def tensors_of_modules(module: Stub, prefix: str) -> dict[str, object]:
-    """The state of a TorchScript archive, which pickles a tree of modules."""
-    state = {f"{prefix}{name}": value for name, value in (module.state or {}).items()}
-    for name, value in list(state.items()):
-        if isinstance(value, Stub):
-            state |= tensors_of_modules(value, f"{name}.")
+def tensors_of_modules(module: Stub) -> dict[str, object]:
+    """Return the state of a TorchScript archive, a pickled tree of modules. Each module is visited
+    once, because a module may hold itself."""
+    state, rest, seen = {}, [("", module)], set()
+    while rest:
+        prefix, module = rest.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            for name, value in (module.state or {}).items():
+                state[f"{prefix}{name}"] = value
+                if isinstance(value, Stub):
+                    rest.append((f"{prefix}{name}.", value))
     return state
 
 
