@@ -22,6 +22,7 @@ from .clip import CLIP, CLIPConfig, CLIPTextEncoder, SDXLTextEncoder, TextConfig
 from .files import EXPECTED, CheckpointError, checking, contents, open_state, some
 from .latent_diffusion import LatentDiffusion
 from .naming import Tensors, count, part
+from .published import checkpoint_in, find
 from .schedule import Schedule
 from .tokenizers import CLIPTokenizer, WordPieceTokenizer
 from .unet import UNet, UNetConfig
@@ -207,7 +208,7 @@ def read_folder(path: Path, family: str | None) -> tuple[dict[str, Tensors], dic
     kind = scheduler.get("prediction_type")
     known = dict(
         family=family or ("sdxl" if xl else "sd2" if linear else "sd1"),
-        name=path.name,
+        name=(path.parents[1] if path.parent.name == "snapshots" else path).name,
         prediction={"epsilon": "eps", "v_prediction": "v"}.get(kind, kind),
         betas=(scheduler.get("beta_start", BETAS[0]), scheduler.get("beta_end", BETAS[1])),
         zero_snr=bool(scheduler.get("rescale_betas_zero_snr")),
@@ -293,12 +294,11 @@ def load_model(
         raise ValueError(f"family {family!r} is not known; use {', '.join(FAMILIES)}")
     if prediction not in (None, "eps", "v"):
         raise ValueError(f"prediction {prediction!r} is not known; use eps or v")
-    path = Path(path) if path is not None else BUNDLED
     device = find_device(device)
     dtype = dtype or best_dtype(device)
+    path = find(path, "model") if path is not None else BUNDLED
     with checking(path):
-        if not path.exists():
-            raise CheckpointError(f"no such file or folder; {EXPECTED}")
+        path = checkpoint_in(path)
         if not path.is_dir():
             parts, known = read_single_file(path, family)
         elif (path / "unet").is_dir():
@@ -445,7 +445,7 @@ def load_clip(path: str | Path | None = None) -> CLIP:
     config.json beside it; None for the bundled one. Raises `CheckpointError`, a ValueError, for
     anything else.
     """
-    path = Path(path) if path is not None else BUNDLED / "clip.safetensors"
+    path = find(path, "clip") if path is not None else BUNDLED / "clip.safetensors"
     try:
         with checking(path, CLIP_EXPECTED):
             folder = (path / "config.json").is_file()

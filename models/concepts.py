@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from . import files
 from .files import CheckpointError
+from .published import find
 
 SUFFIXES = dict(
     diffusers=(".safetensors",), emb_params=(".safetensors",), paper=(".pt",), a1111=(".pt", ".png")
@@ -100,7 +101,7 @@ def load_concepts(path: str | Path) -> list[Concept]:
     .safetensors, and A1111's as "steps", "base_model", "base_model_hash". Harmful characters in
     names and metadata become "?". Raises `CheckpointError`, a ValueError of one line.
     """
-    path, words = Path(path), {}
+    path, words = find(path), {}
     with files.checking(path, EXPECTED):
         opened = [open_word(file) for file in both_files(path)]
         content, metadata, name = opened[0]

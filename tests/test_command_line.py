@@ -123,7 +123,7 @@ def test_mistakes_in_learning(tmp_path, monkeypatch, capsys, change, says):
         (["--size", "big"], "use 512 or 512x768"),
         (["--seed", "-3"], "seed is -3"),
         (["--guidance", "nan"], "guidance_scale is nan"),
-        (["--concept", "nowhere.safetensors"], "No such file"),
+        (["--concept", "nowhere.safetensors"], "no such file"),
         (["--rename", "a=b"], "no word or file of that name"),
         (["--out", "a.jpg"], "is not a .png file"),
     ],
@@ -284,7 +284,7 @@ def test_show_looks_into_words_checkpoints_and_prompts(word, capsys):
     assert textinv.main(prompt) == 0
     said = capsys.readouterr().out
     assert " cat x 1.50\n" in said and "<m>, vector 1 of 1" in said
-    assert "No such file" in mistake(capsys, "show", "--word", "nowhere.safetensors")
+    assert "no such file" in mistake(capsys, "show", "--word", "nowhere.safetensors")
     assert "give --word FILE, --model PATH or --prompt TEXT" in mistake(capsys, "show")
     assert textinv.main(["show", "--prompt", "cat " * 200, "--device", "cpu"]) == 0
     said = capsys.readouterr()

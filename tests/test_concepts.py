@@ -614,4 +614,4 @@ def test_what_is_no_word_at_all(content, match, tmp_path):
 
 def test_folders_and_nothing(tmp_path):
     refused(tmp_path, "directory")
-    refused(tmp_path / "missing.pt", "No such file.*expected a learnt word")
+    refused(tmp_path / "missing.pt", "no such file or folder")

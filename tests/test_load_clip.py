@@ -125,7 +125,9 @@ def test_refusals_of_load_clip(tmp_path):
     state = load_file(TINY / "transformers/model.safetensors")
     text = {k: v for k, v in state.items() if not k.startswith("visual_projection")}
     save_file(text, tmp_path / "text.safetensors")
-    names = ("empty.pt", "page.pt", "short.pt", "list.pt", "text.safetensors", "missing.pt", ".")
+    names = ("empty.pt", "page.pt", "short.pt", "list.pt", "text.safetensors", ".")
+    with pytest.raises(CheckpointError, match="missing.pt: no such file or folder.* vit-b-32"):
+        load_clip(tmp_path / "missing.pt")
     for name in names:
         with pytest.raises(CheckpointError, match="a CLIP") as caught:
             load_clip(tmp_path / name)
