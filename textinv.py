@@ -823,7 +823,7 @@ OPTIONS: dict[str, dict] = dict(
     prompts=dict(flag="prompts", nargs="+", metavar="PROMPT", help="(word:1.2) weighs a word"),
     source=dict(flag="source", metavar="IN", help="a word's file"),
     target=dict(flag="out", metavar="OUT", help="the file to write"),
-    model=dict(metavar="PATH", help="checkpoint file or folder (default: the bundled model)"),
+    model=dict(metavar="NAME|PATH", help="sd15, sd21, sdxl, ldm, file, folder (default: bundled)"),
     family=dict(choices=FAMILIES, help="family of the checkpoint, if its keys do not tell"),
     prediction=dict(choices=("eps", "v"), help="what it predicts, if the file does not tell"),
     device=dict(help="cuda, mps or cpu (default: the best there is)"),

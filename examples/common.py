@@ -41,8 +41,8 @@ def make_parser(doc: str, samples: int = 8, steps: int = 20) -> argparse.Argumen
     """Return a parser with what every script can be asked; `samples` and `steps` are its defaults
     of -n and --steps."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
-    parser.add_argument("--model", help="checkpoint (default: the bundled model)")
-    parser.add_argument("--clip", help="OpenAI's ViT-B-32.pt (default: the bundled small CLIP)")
+    parser.add_argument("--model", help="sd15, sd21, sdxl, ldm, file, folder (default: bundled)")
+    parser.add_argument("--clip", help="vit-b-32, or a file or folder (the bundled small CLIP)")
     parser.add_argument("--out", type=Path, help="folder of all results (runs/NAME OF MODEL)")
     parser.add_argument("--quick", action="store_true", help="less of everything, in minutes")
     parser.add_argument("--training-steps", type=int, help="for each word (the model's default)")

@@ -6,7 +6,7 @@
 Reconstruction says how similar samples of "A photo of S*" are to the training pictures,
 editability how similar samples of other prompts are to these prompts. From Python:
 
-    scorer = Scorer.load("ViT-B-32.pt")
+    scorer = Scorer.load("vit-b-32")
     samples, images = scorer.images(samples), scorer.images(training_set)
     text = scorer.texts([without_placeholder("A photo of <cat> on the moon", "<cat>")])
     reconstruction(samples, images), editability(samples, text)
@@ -244,7 +244,7 @@ def make_parser() -> textinv.Parser:
     p.add_argument("--captions", metavar="FILE", help="human captions; of a folder, its NAME.txt")
     p.add_argument("--prompts", metavar="FILE", help="'kind: prompt with {}' lines (the paper's)")
     p.add_argument("-n", type=int, default=64, help="samples per prompt (default: 64)")
-    p.add_argument("--clip", metavar="PATH", help="OpenAI's ViT-B-32.pt (default: bundled CLIP)")
+    p.add_argument("--clip", metavar="PATH", help="vit-b-32 (OpenAI's), or a path (bundled CLIP)")
     p.add_argument("--out", default="scores.csv", metavar="FILE", help="table (scores.csv)")
     p.add_argument("--chart", metavar="FILE", help="draw figure 7 of it (needs matplotlib)")
     names = "model family prediction device precision seed overwrite steps guidance"

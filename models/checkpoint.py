@@ -283,12 +283,13 @@ def load_model(
 ) -> LatentDiffusion:
     """A text-to-image model from a public checkpoint, frozen, ready to invert and sample.
 
-    path: a single file (.ckpt, .safetensors), a folder in the diffusers layout, or None for the
-    bundled model. device, dtype: the best there are unless given; the text encoder stays in
-    float32 whatever `dtype` is. family (one of `FAMILIES`) and prediction ("eps", "v") override
-    what the file says. Weights that need no conversion stay in the file, mapped: replace it by
-    renaming another, never by writing into it. Raises `CheckpointError`, a ValueError, for
-    anything but such a file.
+    path: a single file (.ckpt, .safetensors), a folder in the diffusers layout, a Hugging Face
+    repository ("x/y") in the local cache, an address or a published name ("sd15", "sd21", "sdxl",
+    "ldm"), which are downloaded once, or None for the bundled model. device, dtype: the best there
+    are unless given; the text encoder stays in float32 whatever `dtype` is. family (one of
+    `FAMILIES`) and prediction ("eps", "v") override what the file says. Weights that need no
+    conversion stay in the file, mapped: replace it by renaming another, never by writing into it.
+    Raises `CheckpointError`, a ValueError, for anything but such a file.
     """
     if family not in (None, *FAMILIES):
         raise ValueError(f"family {family!r} is not known; use {', '.join(FAMILIES)}")
@@ -442,8 +443,8 @@ def load_clip(path: str | Path | None = None) -> CLIP:
 
     path: OpenAI's published .pt, a TorchScript archive of which only the tensors are read; its
     state_dict; model.safetensors of the layout of `transformers`, or the folder it is in, with the
-    config.json beside it; None for the bundled one. Raises `CheckpointError`, a ValueError, for
-    anything else.
+    config.json beside it; "vit-b-32", which is downloaded once; None for the bundled one. Raises
+    `CheckpointError`, a ValueError, for anything else.
     """
     path = find(path, "clip") if path is not None else BUNDLED / "clip.safetensors"
     try:
