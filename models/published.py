@@ -64,7 +64,7 @@ def download(address: str, licence: str = "", sha256: str = "") -> Path:
             raise OSError("no file of a known size; take the address of the file, not of its page")
         about = f"licence: {licence or 'not known'}; SHA-256: {sha256 or 'not known'}"
         warnings.warn(f"downloading {address} to {target}: {size:,} bytes; {about}")
-        with TemporaryDirectory(dir=folder) as beside:
+        with TemporaryDirectory(prefix="partial-", dir=folder) as beside:
             part = Path(beside) / target.name
             torch.hub.download_url_to_file(address, str(part), sha256 or None)
             if (got := part.stat().st_size) != size:
@@ -83,7 +83,8 @@ def hub_cache() -> Path:
     cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
     home = os.environ.get("HF_HOME", f"{cache}/huggingface")
     hub = os.environ.get("HUGGINGFACE_HUB_CACHE", f"{home}/hub")
-    return Path(os.path.expanduser(os.environ.get("HF_HUB_CACHE", hub)))
+    hub = os.path.expanduser(os.environ.get("HF_HUB_CACHE", hub))
+    return Path(os.path.expandvars(hub))
 
 
 def snapshot(path: Path) -> Path:
@@ -101,6 +102,6 @@ def checkpoint_in(folder: Path) -> Path:
     if bundled or not files or any(folder.glob("unet/diffusion_pytorch_model*")):
         return folder
     if len(files) > 1:
-        names = ", ".join(sorted(path.name for path in files.values()))
+        names = ", ".join(sorted(path.name for path in files.values())[:9])
         raise CheckpointError(f"several checkpoints: {names}; give one of them")
     return files.popitem()[1]

@@ -5,6 +5,8 @@ import hashlib
 import os
 import re
 import shutil
+import subprocess
+import sys
 import threading
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import try_to_load_from_cache
 
 import textinv
 from models import published
@@ -257,6 +260,8 @@ def hub(tmp_path, monkeypatch) -> Path:
 @pytest.mark.parametrize("family", ["sd1", "sd2"])
 def test_a_repository_and_its_folder_load_from_the_cache(hub, family):
     root = cached(hub, "someone/a-model.v1", TINY / family / "diffusers")
+    found = try_to_load_from_cache("someone/a-model.v1", "unet/config.json", hub)
+    assert Path(found).is_file()  # so it is a cache to Hugging Face's own program too
     plain = textinv.load_model(TINY / family / "diffusers", device="cpu")
     for given in ("someone/a-model.v1", root, str(root), next(root.glob("snapshots/*"))):
         model = textinv.load_model(given, device="cpu")
@@ -266,14 +271,17 @@ def test_a_repository_and_its_folder_load_from_the_cache(hub, family):
 
 def test_the_cache_is_where_huggingface_hub_looks_for_it(hub, tmp_path, monkeypatch):
     assert published.hub_cache() == hub
+    code = "from huggingface_hub import constants; print(constants.HF_HUB_CACHE)"
     for variable, below in (
         ("XDG_CACHE_HOME", "huggingface/hub"),
         ("HF_HOME", "hub"),
         ("HUGGINGFACE_HUB_CACHE", ""),
         ("HF_HUB_CACHE", ""),
     ):  # each one goes before those above it
-        monkeypatch.setenv(variable, f"~/{variable}")
+        monkeypatch.setenv(variable, f"$HOME/{variable}" if below else f"~/{variable}")
         assert published.hub_cache() == tmp_path / variable / below
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert Path(done.stdout.strip()) == published.hub_cache()
 
 
 def test_refs_main_decides_else_the_newest_snapshot(hub):
@@ -321,6 +329,12 @@ def test_a_repository_that_is_not_there(hub, capsys):
         assert f"{name} is its checkpoint" in refused(repository)
     with pytest.raises(CheckpointError, match="hf download sd-concepts-library/cat-toy"):
         textinv.load_concept("sd-concepts-library/cat-toy")
+
+
+def test_a_clip_from_the_cache(hub):
+    root = cached(hub, "openai/clip", TINY / "clip/transformers")
+    for given in ("openai/clip", root):
+        assert load_clip(given).config.text.width == 64
 
 
 def test_a_word_from_the_cache_and_from_an_address(hub, server, tmp_path, monkeypatch):
