@@ -42,7 +42,7 @@ def find(given: str | Path, what: str = "") -> Path:
         if (path := snapshot(folder)) != folder:
             return path
         same = [n for n, row in names.items() if f"/{text.partition('/')[2]}/" in row["address"]]
-        get = f"{same[0]} is its checkpoint" if same else f"`hf download {text}` gets it"
+        get = f"the name {same[0]} downloads it" if same else f"`hf download {text}` gets it"
         hint = f" and no repository in {folder.parent}; if it is one, {get}"
     kinds = ", ".join(["a path", "an address", "a Hugging Face repository", *names])
     raise CheckpointError(f"{text}: no such file or folder{hint}; possible are {kinds}")

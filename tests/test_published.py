@@ -326,7 +326,7 @@ def test_a_repository_that_is_not_there(hub, capsys):
         "sd21": "stabilityai/stable-diffusion-2-1",
         "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
     }.items():
-        assert f"{name} is its checkpoint" in refused(repository)
+        assert f"the name {name} downloads it" in refused(repository)
     with pytest.raises(CheckpointError, match="hf download sd-concepts-library/cat-toy"):
         textinv.load_concept("sd-concepts-library/cat-toy")
 
