@@ -206,9 +206,10 @@ def read_folder(path: Path, family: str | None) -> tuple[dict[str, Tensors], dic
     if str(scheduler.get("_class_name")).startswith("EDM"):
         raise CheckpointError(f"a model trained as EDM, which is not supported; {EXPECTED}")
     kind = scheduler.get("prediction_type")
+    root = path.parent.parent  # of a repository in Hugging Face's cache
     known = dict(
         family=family or ("sdxl" if xl else "sd2" if linear else "sd1"),
-        name=(path.parents[1] if path.parent.name == "snapshots" else path).name,
+        name=(root if root.name.startswith("models--") else path).name,
         prediction={"epsilon": "eps", "v_prediction": "v"}.get(kind, kind),
         betas=(scheduler.get("beta_start", BETAS[0]), scheduler.get("beta_end", BETAS[1])),
         zero_snr=bool(scheduler.get("rescale_betas_zero_snr")),
