@@ -41,7 +41,7 @@ from models.files import free_png, free_target, out_of_memory, write_png
 from models.images import Images, NotFinite, find_images, grid, open_image, prepare_images, to_pil
 from models.latent_diffusion import LatentDiffusion
 from models.runs import Run
-from models.tokenizers import is_one_word, split_weights
+from models.tokenizers import is_one_word, nfc, split_weights
 
 __all__ = ["Concept", "invert", "load_concept", "load_concepts", "load_model", "sample", "train"]
 
@@ -618,7 +618,7 @@ def target_of(args: argparse.Namespace) -> tuple[Path, str]:
             f"{out} lies among the pictures to learn from, and so would the previews; write it "
             f"elsewhere, for example --out {os.path.relpath(source.parent / out.name)}"
         )
-    default = f"<{'-'.join(name.split())}>"
+    default = nfc(f"<{'-'.join(name.split())}>")
     return out, default if args.placeholder is None else args.placeholder
 
 
@@ -683,13 +683,13 @@ def words_for(args: argparse.Namespace, prompts: Sequence[str]) -> list[Concept]
     that no prompt uses, and of what looks like a placeholder and is none."""
     concepts = words_in(args.concept, args.rename)
     known = [concept.placeholder for concept in concepts]
+    text = nfc("\n".join(prompts))
     for prompt in prompts:
         split_weights(prompt)  # raises for a weight that is no number
     for word in known:
-        if not any(word in prompt for prompt in prompts):
+        if word not in text:
             warnings.warn(f"{word} was loaded, but no prompt uses it")
-    found = re.findall(r"<[^<>\s]+>", " ".join(prompts))
-    for word in dict.fromkeys(found):
+    for word in dict.fromkeys(re.findall(r"<[^<>\s]+>", text)):
         if word not in known:
             there = ", ".join(known) or "none"
             warnings.warn(f"{word} is no learnt word (known: {there}); it is read as plain text")
@@ -800,6 +800,7 @@ def show_words(concepts: Sequence[Concept], model: LatentDiffusion) -> None:
             print(line)
         if width != table.shape[1]:
             print(f"  learnt with another model: this one's words have {table.shape[1]} numbers")
+        model.warn_of_another_model(concept)
 
 
 def learning_rate(text: str) -> float | str:
@@ -833,7 +834,7 @@ OPTIONS: dict[str, dict] = dict(
     concept=dict(action="append", default=[], metavar="FILE", help="a word's file; repeatable"),
     rename=dict(action="append", default=[], metavar="OLD=NEW", help="rename the word of file OLD"),
     init_word=dict(metavar="WORDS", help="coarse description to start from, such as cat"),
-    placeholder=dict(metavar="WORD", help="the word's name in prompts (default: <NAME OF OUT>)"),
+    placeholder=dict(type=nfc, metavar="WORD", help="the word's name in prompts (<NAME OF OUT>)"),
     word_out=dict(flag="--out", metavar="FILE", help="the word's file (FOLDER.safetensors)"),
     resume=dict(action="store_true", help="continue a run that was stopped"),
     vectors=dict(type=int, help="vectors per word (default 1; 3 if progressive)"),
@@ -862,7 +863,7 @@ OPTIONS: dict[str, dict] = dict(
     format=dict(choices=FORMATS, help="layout of OUT (default: by its ending)"),
     word_file=dict(flag="--word", dest="word_file", metavar="FILE", help="show this word"),
     prompt=dict(metavar="TEXT", help="show the tokens of this prompt, and their weights"),
-    word=dict(metavar="WORD", help="which word, if IN holds several"),
+    word=dict(type=nfc, metavar="WORD", help="which word, if IN holds several"),
     picture=dict(metavar="FILE", help="picture that carries the word, for an OUT.png"),
 )
 MODEL = " model family prediction device precision"

@@ -13,7 +13,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import naming
 from .autoencoder import Autoencoder, AutoencoderConfig
@@ -345,16 +345,17 @@ def assemble(
             "upscaling models are not supported"
         )
     text_encoder = load_text_encoder(family, parts["text"], text_heads, device)
-    sample = parts["unet"]["out.2.weight"]
+    stored = parts["unet"]["out.2.weight"].dtype
+    unet = filled(UNet, unet_sizes, parts["unet"], dtype, device)
     model = LatentDiffusion(
-        filled(UNet, unet_sizes, parts["unet"], dtype, device),
+        unet,
         filled(Autoencoder, autoencoder_sizes, parts["autoencoder"], autoencoder_dtype, device),
         text_encoder,
         load_tokenizer(family, text_encoder.config, vocabulary),
         Schedule(*betas, prediction or ("v" if zero_snr else "eps"), zero_snr=zero_snr),
         family,
-        fingerprint=fingerprint(sample),
-        stored=str(sample.dtype).removeprefix("torch."),
+        fingerprint=fingerprint(unet),
+        stored=str(stored).removeprefix("torch."),
         **about,
     )
     if family in ("sd2", "sdxl") and not prediction:  # there are both, with the same keys
@@ -426,9 +427,11 @@ def measure_prediction(model: LatentDiffusion) -> str:
     return "eps" if correlation > 0.5 else "v"
 
 
-def fingerprint(weights: Tensor) -> str:
-    """16 hexadecimal digits that name a base model, equal for its fp16 and fp32 files."""
-    return hashlib.sha256(weights.half().numpy().tobytes()).hexdigest()[:16]
+def fingerprint(unet: UNet) -> str:
+    """Return 16 hexadecimal digits that name a base model: a hash of the signs of its weights. They
+    are the same in every precision and layout."""
+    weights = torch.cat([p.flatten()[:1000] for p in unet.parameters()])
+    return hashlib.sha256(weights.cpu().signbit().numpy().tobytes()).hexdigest()[:16]
 
 
 # ----------------------------------------------------------------------------------------- CLIP

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from . import files
 from .files import CheckpointError
 from .published import find
+from .tokenizers import nfc
 
 SUFFIXES = dict(
     diffusers=(".safetensors",), emb_params=(".safetensors",), paper=(".pt",), a1111=(".pt", ".png")
@@ -60,11 +61,15 @@ class Concept:
     """A learnt word: what stands for it in prompts, and its vectors (V, D), float32.
 
     V is 1 in the paper's main setup; more vectors act like several words in a row (section 5.2).
+    The placeholder is kept in Unicode's normal form NFC, in which prompts are read too.
     """
 
     placeholder: str
     vectors: Tensor
     metadata: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.placeholder = nfc(self.placeholder)
 
     def save(
         self,
@@ -124,11 +129,12 @@ def load_concepts(path: str | Path) -> list[Concept]:
 
 def words_in(files: Sequence[str], renames: Sequence[str]) -> list[Concept]:
     """Return the words of the files, with the names that --rename OLD=NEW gives them."""
-    new_names = dict(entry.rpartition("=")[::2] for entry in renames)
+    new_names = dict(nfc(entry).rpartition("=")[::2] for entry in renames)
     concepts, known = [], set()
     for path in files:
         for concept in load_concepts(path):
-            olds = (path, Path(path).name, concept.placeholder)
+            names = (str(path), Path(path).name, concept.placeholder)
+            olds = [nfc(name) for name in names]
             old = next((old for old in olds if old in new_names), concept.placeholder)
             concepts.append(replace(concept, placeholder=new_names.get(old, old)))
             known |= set(olds)

@@ -19,7 +19,7 @@ from .autoencoder import Autoencoder
 from .concepts import Concept
 from .layers import Conditioning, each
 from .schedule import Schedule
-from .tokenizers import Placeholders, Tokenizer, any_of, escape, is_one_word, split_weights
+from .tokenizers import Placeholders, Tokenizer, any_of, escape, is_one_word, nfc, split_weights
 from .unet import UNet
 
 # Which model a word belongs to, by the width of its vectors.
@@ -53,7 +53,7 @@ class LatentDiffusion:
     # Makes the variance of the latents about 1, as the noise schedule expects: at its end only
     # noise of variance 1 is left. 0.18215 in LDM and Stable Diffusion 1 and 2, 0.13025 in XL.
     scale_factor: float = 0.18215
-    fingerprint: str = ""  # identifies the base model, the same for its fp32 and fp16 files
+    fingerprint: str = ""  # identifies the base model, the same in every precision and layout
     stored: str = ""  # precision of its file: "float16"
     # The model's own defaults where they are not the paper's: steps, batch_size, lr,
     # guidance_scale.
@@ -139,7 +139,7 @@ class LatentDiffusion:
         """Return the ids of a prompt, each with its weight, without start and end."""
         placeholders = self.placeholders(concepts)
         if placeholders:  # the brackets of a placeholder like [V] are no weight
-            prompt = re.sub(any_of(placeholders), lambda word: escape(word[0]), prompt)
+            prompt = re.sub(any_of(placeholders), lambda word: escape(word[0]), nfc(prompt))
         pieces = split_weights(prompt)
         return [(i, w) for text, w in pieces for i in self.tokenizer.token_ids(text, placeholders)]
 
@@ -223,7 +223,19 @@ class LatentDiffusion:
                     "--rename FILE='<another>'"
                 )
             self.check_placeholder(concept.placeholder)
+            self.warn_of_another_model(concept)
             seen.add(concept.placeholder)
+
+    def warn_of_another_model(self, concept: Concept) -> None:
+        """Warn of a word that carries the fingerprint of another model."""
+        theirs, base = (concept.metadata.get(k, "") for k in ("base_model_hash", "base_model"))
+        # Trap: A1111's hashes, of fewer digits, are of another kind.
+        if len(theirs) == len(self.fingerprint) and theirs != self.fingerprint:
+            warnings.warn(
+                f"{concept.placeholder} was learnt with another model ({base or 'unnamed'}, "
+                f"fingerprint {theirs}) than this one ({self.name}, fingerprint "
+                f"{self.fingerprint}); it may look different here"
+            )
 
     def warn_if_cut(self, prompt: str, count: int) -> None:
         """Warn if a prompt of `count` tokens is longer than the text encoder reads."""

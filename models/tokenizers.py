@@ -4,7 +4,7 @@ weights in prompts.
 Placeholders, the new words of textual inversion, are cut out of the text before anything else reads
 it (paper, section 3: "a string containing our placeholder word is first converted into tokens").
 So they are matched case by case, are never split, and may be any string without spaces, but they
-are not found inside another word.
+are not found inside another word. `nfc` makes them equal however they were typed.
 """
 
 import gzip
@@ -17,6 +17,11 @@ from pathlib import Path
 
 VOCAB = Path(__file__).parent / "vocab"
 Placeholders = Mapping[str, Sequence[int]]  # {"<cat>": its V consecutive ids}
+
+
+def nfc(text: str) -> str:
+    """Return the text in the form of Unicode in which names and prompts are compared."""
+    return unicodedata.normalize("NFC", text)
 
 
 def any_of(words: Iterable[str]) -> str:
@@ -58,7 +63,7 @@ class Tokenizer:
         if not placeholders:
             return self.tokenize(text)
         ids: list[int] = []
-        for piece in re.split(any_of(placeholders), text):
+        for piece in re.split(any_of(placeholders), nfc(text)):
             ids += placeholders[piece] if piece in placeholders else self.tokenize(piece)
         return ids
 
@@ -269,7 +274,7 @@ def split_weights(prompt: str) -> list[tuple[str, float]]:
         first = opened[bracket].pop()
         pieces[first:] = [(text, weight * factor) for text, weight in pieces[first:]]
 
-    for part in PROMPT_PARTS.findall(prompt):
+    for part in PROMPT_PARTS.findall(nfc(prompt)):
         if part in opened:
             opened[part].append(len(pieces))
         elif part == "]" and opened["["]:

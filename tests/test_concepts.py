@@ -11,8 +11,10 @@ import json
 import pickletools
 import re
 import struct
+import unicodedata
 import zipfile
 from collections import OrderedDict
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,6 +33,7 @@ from models.concepts import (
     default_format,
     encode_concept,
     load_concepts,
+    words_in,
 )
 from models.files import CheckpointError
 from models.tokenizers import CLIPTokenizer, WordPieceTokenizer
@@ -437,6 +440,104 @@ def test_diffusers_draws_the_same_with_ours(format, count, tmp_path):
     options = dict(num_inference_steps=4, guidance_scale=7.5, height=64, width=64)
     theirs = pipe(prompt, latents=x_T, output_type="latent", **options).images
     assert_close_std(ours, theirs, 5e-4)
+
+
+# ------------------------------------------------------------------------------- names and models
+
+
+@pytest.mark.parametrize("name", ("고양이", "café", "<Ünï-ầ>", "ガ", "और"))
+@pytest.mark.parametrize("forms", (("NFC", "NFD"), ("NFD", "NFC"), ("NFD", "NFD")))
+def test_names_in_another_unicode_form(name, forms, tmp_path):
+    stored, typed = (unicodedata.normalize(form, name) for form in forms)
+    plain = unicodedata.normalize("NFC", name)
+    save_file({stored: vectors(2, 32)}, tmp_path / "w.safetensors")
+    word = read_one(tmp_path / "w.safetensors")
+    assert word.placeholder == plain
+    model = textinv.load_model(TINY / "sd1/model.safetensors", device="cpu")
+    prompt, reference = f"a photo of {typed} here", "a photo of <w> here"
+    same = Concept("<w>", word.vectors)
+    for encode in (model.encode_text, model.encode_prompts):
+        assert torch.equal(encode([prompt], [word]), encode([reference], [same]))
+    (renamed,) = words_in([str(tmp_path / "w.safetensors")], [f"{typed}=<{stored}>"])
+    assert renamed.placeholder == f"<{plain}>"
+    save_file({stored: vectors(1, 32)}, tmp_path / f"{stored}.safetensors")
+    (renamed,) = words_in([str(tmp_path / f"{stored}.safetensors")], [f"{typed}.safetensors=<x>"])
+    assert renamed.placeholder == "<x>"
+    torch.save({"emb_params": vectors()}, tmp_path / f"{stored}.pt")
+    assert read_one(tmp_path / f"{stored}.pt").placeholder == plain
+
+
+def test_unicode_forms_on_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder, typed = (unicodedata.normalize(form, "내 고양이") for form in ("NFD", "NFC"))
+    (tmp_path / folder).mkdir()
+    Image.effect_noise((64, 64), 50).convert("RGB").save(tmp_path / folder / "1.png")
+    short = ["--steps", "1", "--batch-size", "1", "--preview-every", "0", "--device", "cpu"]
+    learn = ["invert", folder, "--init-word", "cat", *short]
+    assert textinv.main(learn) == 0
+    placeholder, path = "<내-고양이>", f"{folder}.safetensors"
+    assert read_one(path).placeholder == placeholder
+    named = ["--placeholder", unicodedata.normalize("NFD", placeholder)]
+    assert textinv.main([*learn, *named, "--resume"]) == 0  # the same run
+    prompts = [f"a {placeholder}", f"my {unicodedata.normalize('NFD', placeholder)}"]
+    draw = ["sample", *prompts, "--concept", path, "-n", "1", "--steps", "1"]
+    capsys.readouterr()
+    assert textinv.main([*draw, "--device", "cpu"]) == 0
+    said = capsys.readouterr().err
+    assert "no learnt word" not in said and "no prompt uses" not in said
+    chosen = ["--word", named[1], "--placeholder", "<\u00e9>"]
+    assert textinv.main(["convert", path, "x.safetensors", *chosen]) == 0
+    assert read_one("x.safetensors").placeholder == "<é>" and not capsys.readouterr().err
+
+
+def sd1_as(path, dtype, change=lambda v: v):
+    """The tiny Stable Diffusion 1 under another name, in another precision, or fine-tuned."""
+    state = load_file(TINY / "sd1/model.safetensors")
+    state = {
+        k: change(v.float()).to(dtype) if v.is_floating_point() else v for k, v in state.items()
+    }
+    save_file(state, path)
+    return textinv.load_model(path, device="cpu")
+
+
+def test_a_word_used_with_another_model(tmp_path, recwarn):
+    base = textinv.load_model(TINY / "sd1/model.safetensors", device="cpu")
+    about = dict(base_model=base.name, base_model_hash=base.fingerprint)
+    word = Concept("<cat>", vectors(1, 32), about)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        same = sd1_as(tmp_path / "renamed.safetensors", dtype)
+        textinv.sample(same, "a <cat>", [word], steps=1, size=64)
+    textinv.sample(
+        textinv.load_model(TINY / "sd1/diffusers", "cpu"), "a <cat>", [word], steps=1, size=64
+    )
+    torch.manual_seed(0)
+    tuned = sd1_as(tmp_path / "tuned.safetensors", torch.float16, lambda v: v + 0.01 * v.std())
+    for silent in ({}, about | {"base_model_hash": "7460a6fa"}, {"base_model_hash": "cc6cb27103"}):
+        textinv.sample(tuned, "a <cat>", [replace(word, metadata=silent)], steps=1, size=64)
+    assert not [w for w in recwarn if "another model" in str(w.message)]
+    with pytest.warns(UserWarning, match=r"<cat> .*\(model.safetensors, .*\(tuned.safetensors, "):
+        textinv.sample(tuned, ["a <cat>", "my <cat>"], [word], steps=1, size=64)
+
+
+def test_another_model_on_the_command_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = sd1_as(tmp_path / "base.safetensors", torch.float16)
+    sd1_as(tmp_path / "tuned.safetensors", torch.float16, lambda v: v + 0.01 * v.std())
+    about = dict(base_model=base.name, base_model_hash=base.fingerprint)
+    Concept("<cat>", vectors(1, 32), about).save("cat.safetensors")
+    assert textinv.main(["convert", "cat.safetensors", "a.pt", "--format", "a1111"]) == 0
+    drawn = ["a <w>", "the <w>", "-n", "1", "--steps", "1", "--size", "64", "--overwrite"]
+    for word, verb in (
+        ("<w>", ["sample", *drawn, "--concept", "cat.safetensors", "--rename", "<cat>=<w>"]),
+        ("<x>", ["show", "--prompt", "a <x>", "--concept", "a.pt", "--rename", "a=<x>"]),
+        ("<cat>", ["show", "--word", "cat.safetensors"]),
+    ):
+        for model, notes in (("base", 0), ("tuned", 1)):
+            options = ["--model", f"{model}.safetensors", "--device", "cpu"]
+            assert textinv.main([*verb, *options]) == 0
+            said = [line for line in capsys.readouterr().err.splitlines() if f"{word} was" in line]
+            assert len(said) == notes, said
+            assert not notes or ("(base.safetensors" in said[0] and "(tuned.saf" in said[0])
 
 
 # ------------------------------------------------------------------------- damaged and hostile
