@@ -25,7 +25,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -40,7 +40,8 @@ from models.concepts import FORMATS, Concept, default_format, load_concept, load
 from models.files import free_png, free_target, out_of_memory, write_png
 from models.images import Images, NotFinite, find_images, grid, open_image, prepare_images, to_pil
 from models.latent_diffusion import LatentDiffusion
-from models.runs import Run
+from models.runs import STOP_EVERY, Run, State, converged
+from models.schedule import SAMPLERS, sampler_of
 from models.tokenizers import is_one_word, nfc, split_weights
 
 __all__ = ["Concept", "invert", "load_concept", "load_concepts", "load_model", "sample", "train"]
@@ -143,81 +144,6 @@ def diffusion_loss(
 # -------------------------------------------------------------------------------------- training
 
 STOPS = ("never", "auto")
-# Early stopping (Voronov et al. 2023, "Is This Loss Informative?", arXiv:2302.04841): the loss of a
-# new batch depends on its timesteps more than on the word, so every STOP_EVERY steps it is measured
-# on the same batches. Training has converged when the variance of the last STOP_WINDOW values is
-# below STOP_SHARE of that of all. (The paper: every step, 310 of them, 0.15.)
-STOP_EVERY, STOP_WINDOW, STOP_SHARE = 10, 10, 0.05
-
-
-@dataclass
-class State:
-    """Where training stands after a step. Its vectors are those in training: clone what you keep.
-
-    `loss` is eq. 2 on the step's batch. `concept` has the vectors in use so far (all of them unless
-    progressive). `fixed_losses`, and `best`, the vectors with the lowest, are for early stopping.
-    """
-
-    step: int
-    steps: int  # the last step
-    loss: Tensor
-    concept: Concept
-    image_words: list[Concept]  # one word per picture, if asked for
-    parameters: list[Tensor]
-    optimizer: torch.optim.AdamW
-    start: Tensor  # the vectors before the first step
-    fixed_loss: float | None = None  # the last of these, in a step that measured it
-    fixed_losses: list[float] = field(default_factory=list)
-    best: list[Tensor] = field(default_factory=list)
-
-    @property
-    def over(self) -> bool:
-        """True after the last step, or once training has converged."""
-        return self.step >= self.steps or converged(self.fixed_losses)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return all that the next step depends on besides the arguments of `train`."""
-        tensors = {"step": torch.tensor(self.step)}
-        for i, vectors in enumerate(self.parameters):
-            tensors[f"{i}.vectors"] = vectors.detach()
-            for moment in ("exp_avg", "exp_avg_sq"):
-                tensors[f"{i}.{moment}"] = self.optimizer.state[vectors][moment]
-        if self.fixed_losses:
-            tensors["losses"] = torch.tensor(self.fixed_losses, dtype=torch.float64)
-            tensors |= {f"best.{i:04d}": vectors for i, vectors in enumerate(self.best)}
-        return {key: tensor.cpu().clone() for key, tensor in tensors.items()}
-
-    def restore(self, saved: Mapping[str, Tensor]) -> None:
-        """Put what `tensors` returned back in place. Raises ValueError for other vectors."""
-        self.step = int(saved["step"])
-        for i, vectors in enumerate(self.parameters):
-            kept = [saved.get(f"{i}.{kind}") for kind in ("vectors", "exp_avg", "exp_avg_sq")]
-            if any(tensor is None or tensor.shape != vectors.shape for tensor in kept):
-                raise ValueError("the state to resume from is of other vectors than are trained")
-            value, mean, square = (tensor.to(vectors, copy=True) for tensor in kept)
-            vectors.data.copy_(value)
-            moments = dict(step=torch.tensor(float(self.step)), exp_avg=mean, exp_avg_sq=square)
-            self.optimizer.state[vectors] = moments
-        self.fixed_losses = saved["losses"].tolist() if "losses" in saved else []
-        self.best = [saved[key] for key in sorted(saved) if key.startswith("best.")]
-
-    @torch.no_grad()
-    def note(self, fixed_loss: float) -> None:
-        """Record a loss for early stopping; once training has converged, take the best vectors."""
-        self.fixed_loss = fixed_loss
-        self.fixed_losses.append(fixed_loss)
-        if fixed_loss == min(self.fixed_losses):
-            self.best = [vectors.clone() for vectors in self.parameters]
-        if converged(self.fixed_losses):
-            for vectors, best in zip(self.parameters, self.best):
-                vectors.copy_(best)
-
-
-def converged(losses: Sequence[float]) -> bool:
-    """Return True if the last losses vary little beside all of them (early stopping)."""
-    losses = torch.tensor(losses, dtype=torch.float64)
-    enough = len(losses) >= STOP_WINDOW
-    return enough and bool(losses[-STOP_WINDOW:].var() < STOP_SHARE * losses.var())
 
 
 def train(
@@ -472,26 +398,28 @@ def sample(
     prompts: str | Sequence[str],
     concepts: Sequence[Concept] = (),
     n: int = 1,
-    steps: int = 50,
+    steps: int | None = None,
     guidance_scale: float | None = None,
+    sampler: str = "dpm++",
     eta: float = 0.0,
     seed: int = 0,
     size: int | tuple[int, int] | None = None,
     batch_size: int = 8,
 ) -> list[Image.Image]:
-    """Draw n pictures of each prompt by DDIM (Song et al. 2021), all of one prompt in a row.
+    """Draw n pictures of each prompt, all of one prompt in a row.
 
     Brackets in prompts are weights, "(word:1.2)", see models/tokenizers.py. guidance_scale: 1 is
-    none; the default is 7.5, 5 for SDXL, 3 for the bundled model. eta: 0 is deterministic, 1 as
-    noisy as DDPM. size: pixels, one number or (width, height). Picture i of a prompt starts from
-    noise of seed + i, whatever else is drawn with it. Raises ValueError for numbers out of range
-    and for words that do not belong to this model.
+    none; the default is 7.5, 5 for SDXL, 3 for the bundled model. sampler: "dpm++" (14 steps unless
+    told otherwise) or the paper's "ddim" (50). eta: 0 is deterministic, 1 as noisy as DDPM. size:
+    pixels, one number or (width, height). Picture i of a prompt starts from noise of seed + i,
+    whatever else is drawn with it. Raises ValueError for numbers out of range and foreign words.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
         return []
+    run, steps, _ = sampler_of(sampler, steps)
     if not 0 <= eta <= 1:
-        raise ValueError(f"eta is {eta}; it goes from 0 (DDIM) to 1 (as noisy as DDPM)")
+        raise ValueError(f"eta is {eta}; it goes from 0 (no noise) to 1 (as noisy as DDPM)")
     check_range(1, n=n, batch_size=batch_size)
     check_range(0, seed=seed)
     scale = guidance_of(model, guidance_scale)
@@ -511,7 +439,7 @@ def sample(
 
         guide = dict(context=context[list(rows)], uncond=uncond, guidance_scale=scale)
         predict = partial(model.guided, **guide)
-        for latents in model.schedule.ddim_sample(predict, draw(), steps, eta, draw):
+        for latents in run(model.schedule, predict, draw(), steps, eta, draw):
             pass
         images += to_pil(model.decode_latents(latents))
     return images
@@ -596,7 +524,7 @@ def run_invert(args: argparse.Namespace) -> int:
 
     def preview(state: State) -> Image.Image:
         prompt = f"a photo of {placeholder}"
-        return grid(sample(model, prompt, [state.concept], n=4, steps=20))
+        return grid(sample(model, prompt, [state.concept], n=4))
 
     preview_every = max(1, steps // 3) if args.preview_every is None else args.preview_every
     state = run.follow(states, args.save_every, preview_every, preview, args.save_image_words)
@@ -705,9 +633,10 @@ def run_sample(args: argparse.Namespace) -> None:
         if free_target(path, args.overwrite).resolve() == out.resolve():
             raise ValueError(f"--out {out} is also a picture of --singles; write it elsewhere")
     concepts, model = words_for(args, args.prompts), load_for(args)
-    settings = dict(steps=args.steps, eta=args.eta, seed=args.seed, size=args.size or model.size)
-    settings |= dict(guidance_scale=guidance_of(model, args.guidance))
-    print(f"drawing {len(args.prompts)} prompt(s) x {args.n}, {args.steps} DDIM steps, to {out}")
+    _, steps, title = sampler_of(args.sampler, args.steps)
+    settings = dict(sampler=args.sampler, steps=steps, eta=args.eta, seed=args.seed)
+    settings |= dict(size=args.size or model.size, guidance_scale=guidance_of(model, args.guidance))
+    print(f"drawing {len(args.prompts)} prompt(s) x {args.n}, {steps} steps of {title}, to {out}")
     images, seeds = [], [*range(args.seed, args.seed + args.n)] * len(args.prompts)
     for prompt in tqdm(args.prompts, unit="prompt", disable=len(args.prompts) == 1):
         for image in sample(model, prompt, concepts, n=args.n, **settings):
@@ -854,9 +783,10 @@ OPTIONS: dict[str, dict] = dict(
     preview_every=dict(type=int, metavar="N", help="preview every N steps; 0: none (steps / 3)"),
     save_every=dict(type=int, default=50, metavar="N", help="save a state every N steps (50)"),
     n=dict(flag="-n", type=int, default=4, help="pictures per prompt (default 4)"),
-    steps=dict(type=int, default=50, help="DDIM steps (default 50)"),
+    sampler=dict(choices=SAMPLERS, default="dpm++", help="dpm++ (default), or the paper's ddim"),
+    steps=dict(type=int, help="sampling steps (default 14; ddim 50)"),
     guidance=dict(type=float, metavar="SCALE", help="1 is no guidance (7.5; SDXL 5; bundled 3)"),
-    eta=dict(type=float, default=0.0, help="0 is DDIM, 1 as noisy as DDPM (default 0)"),
+    eta=dict(type=float, default=0.0, help="0 draws no noise, 1 as much as DDPM (default 0)"),
     size=dict(type=picture_size, metavar="W[xH]", help="pixels (default: the model's own size)"),
     grid_out=dict(flag="--out", default="grid.png", metavar="FILE", help="the grid (grid.png)"),
     singles=dict(metavar="FOLDER", help="also save each picture by itself"),
@@ -871,8 +801,8 @@ VERBS = {
     run_invert: "images init_word placeholder word_out resume overwrite vectors training_steps "
     "batch_size lr stop weight_decay regularize progressive per_image save_image_words templates "
     "training_size no_flip gradient_checkpointing preview_every save_every seed" + MODEL,
-    run_sample: "prompts concept rename n steps guidance eta size grid_out singles overwrite seed"
-    + MODEL,
+    run_sample: "prompts concept rename n sampler steps guidance eta size grid_out singles "
+    "overwrite seed" + MODEL,
     run_convert: "source target format placeholder word picture overwrite",
     run_show: "word_file prompt concept rename" + MODEL,
 }

@@ -92,8 +92,9 @@ class Workspace:
         return textinv.load_concept(path)
 
     def draw(self, prompts, concepts=(), **options) -> list[Image.Image]:
-        """Sample with the script's -n and --steps, unless the options say otherwise."""
-        return textinv.sample(self.model, prompts, concepts, **self.sampling | options)
+        """Sample by DDIM with the script's -n and --steps, unless the options say otherwise."""
+        options = dict(sampler="ddim") | self.sampling | options
+        return textinv.sample(self.model, prompts, concepts, **options)
 
     def save(self, name: str, picture: Image.Image) -> None:
         """Write the script's result, with 256 colours."""

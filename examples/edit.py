@@ -206,7 +206,7 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--out", default="edited.png", metavar="FILE", help="a grid if n > 1")
     names = "model family prediction device precision seed overwrite steps guidance concept rename"
     textinv.add_options(p, names)
-    p.set_defaults(run=run)
+    p.set_defaults(run=run, steps=50)
     return p
 
 

@@ -221,7 +221,8 @@ def evaluate(
         for i, text in enumerate(texts):
             share = len(range(i, n, len(texts)))
             filled = " ".join(prompt.replace("{}", escape(text)).split())
-            options = dict(steps=steps, guidance_scale=guidance_scale, seed=seed + len(drawn))
+            options = dict(sampler="ddim", steps=steps, guidance_scale=guidance_scale)
+            options |= dict(seed=seed + len(drawn))
             drawn += textinv.sample(model, filled, concepts, n=share, **options) if share else []
         return scorer.images(drawn)
 
@@ -249,7 +250,7 @@ def make_parser() -> textinv.Parser:
     p.add_argument("--chart", metavar="FILE", help="draw figure 7 of it (needs matplotlib)")
     names = "model family prediction device precision seed overwrite steps guidance"
     textinv.add_options(p, names)
-    p.set_defaults(run=run)
+    p.set_defaults(run=run, steps=50)
     return p
 
 

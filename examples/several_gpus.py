@@ -31,7 +31,7 @@ from models.runs import interruptible
 MODEL = " seed overwrite model family prediction device precision"
 INVERT = "images init_word placeholder word_out vectors training_steps batch_size lr stop templates"
 INVERT += " weight_decay regularize progressive per_image no_flip gradient_checkpointing save_every"
-SAMPLE = "prompts concept rename n steps guidance grid_out"
+SAMPLE = "prompts concept rename n sampler steps guidance grid_out"
 
 
 @contextmanager
@@ -107,7 +107,8 @@ def sample(args: argparse.Namespace, rank: int, world: int) -> None:
     out = free_png(args.out, args.overwrite)
     concepts = textinv.words_for(args, args.prompts)
     model = textinv.load_for(args)
-    settings = dict(n=args.n, steps=args.steps, seed=args.seed)
+    _, steps, _ = textinv.sampler_of(args.sampler, args.steps)
+    settings = dict(n=args.n, sampler=args.sampler, steps=steps, seed=args.seed)
     settings |= dict(guidance_scale=textinv.guidance_of(model, args.guidance))
     print(f"drawing {len(args.prompts)} prompt(s) x {args.n} on {world} processes, to {out}")
     prompts = args.prompts[rank::world]

@@ -20,8 +20,9 @@ import json
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -30,7 +31,84 @@ from safetensors.torch import load, save
 from torch import Tensor
 from tqdm import tqdm
 
+from .concepts import Concept
 from .files import write_file, write_png, write_table
+
+# Early stopping (Voronov et al. 2023, "Is This Loss Informative?", arXiv:2302.04841): the loss of a
+# new batch depends on its timesteps more than on the word, so every STOP_EVERY steps it is measured
+# on the same batches. Training has converged when the variance of the last STOP_WINDOW values is
+# below STOP_SHARE of that of all. (The paper: every step, 310 of them, 0.15.)
+STOP_EVERY, STOP_WINDOW, STOP_SHARE = 10, 10, 0.05
+
+
+@dataclass
+class State:
+    """Where training stands after a step. Its vectors are those in training: clone what you keep.
+
+    `loss` is eq. 2 on the step's batch. `concept` has the vectors in use so far (all of them unless
+    progressive). `fixed_losses`, and `best`, the vectors with the lowest, are for early stopping.
+    """
+
+    step: int
+    steps: int  # the last step
+    loss: Tensor
+    concept: Concept
+    image_words: list[Concept]  # one word per picture, if asked for
+    parameters: list[Tensor]
+    optimizer: torch.optim.AdamW
+    start: Tensor  # the vectors before the first step
+    fixed_loss: float | None = None  # the last of these, in a step that measured it
+    fixed_losses: list[float] = field(default_factory=list)
+    best: list[Tensor] = field(default_factory=list)
+
+    @property
+    def over(self) -> bool:
+        """True after the last step, or once training has converged."""
+        return self.step >= self.steps or converged(self.fixed_losses)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all that the next step depends on besides the arguments of `train`."""
+        tensors = {"step": torch.tensor(self.step)}
+        for i, vectors in enumerate(self.parameters):
+            tensors[f"{i}.vectors"] = vectors.detach()
+            for moment in ("exp_avg", "exp_avg_sq"):
+                tensors[f"{i}.{moment}"] = self.optimizer.state[vectors][moment]
+        if self.fixed_losses:
+            tensors["losses"] = torch.tensor(self.fixed_losses, dtype=torch.float64)
+            tensors |= {f"best.{i:04d}": vectors for i, vectors in enumerate(self.best)}
+        return {key: tensor.cpu().clone() for key, tensor in tensors.items()}
+
+    def restore(self, saved: Mapping[str, Tensor]) -> None:
+        """Put what `tensors` returned back in place. Raises ValueError for other vectors."""
+        self.step = int(saved["step"])
+        for i, vectors in enumerate(self.parameters):
+            kept = [saved.get(f"{i}.{kind}") for kind in ("vectors", "exp_avg", "exp_avg_sq")]
+            if any(tensor is None or tensor.shape != vectors.shape for tensor in kept):
+                raise ValueError("the state to resume from is of other vectors than are trained")
+            value, mean, square = (tensor.to(vectors, copy=True) for tensor in kept)
+            vectors.data.copy_(value)
+            moments = dict(step=torch.tensor(float(self.step)), exp_avg=mean, exp_avg_sq=square)
+            self.optimizer.state[vectors] = moments
+        self.fixed_losses = saved["losses"].tolist() if "losses" in saved else []
+        self.best = [saved[key] for key in sorted(saved) if key.startswith("best.")]
+
+    @torch.no_grad()
+    def note(self, fixed_loss: float) -> None:
+        """Record a loss for early stopping; once training has converged, take the best vectors."""
+        self.fixed_loss = fixed_loss
+        self.fixed_losses.append(fixed_loss)
+        if fixed_loss == min(self.fixed_losses):
+            self.best = [vectors.clone() for vectors in self.parameters]
+        if converged(self.fixed_losses):
+            for vectors, best in zip(self.parameters, self.best):
+                vectors.copy_(best)
+
+
+def converged(losses: Sequence[float]) -> bool:
+    """Return True if the last losses vary little beside all of them (early stopping)."""
+    losses = torch.tensor(losses, dtype=torch.float64)
+    enough = len(losses) >= STOP_WINDOW
+    return enough and bool(losses[-STOP_WINDOW:].var() < STOP_SHARE * losses.var())
 
 
 class Run:

@@ -1,19 +1,23 @@
-"""The noise schedule, and what follows from it: noising, targets, the steps of DDIM and DDPM.
+"""The noise schedule, and what follows from it: noising, targets, and the samplers.
 
 [1] Ho et al. 2020, "Denoising Diffusion Probabilistic Models" (DDPM)
 [2] Song et al. 2021, "Denoising Diffusion Implicit Models" (DDIM)
 [3] Salimans & Ho 2022, "Progressive Distillation" (v-prediction)
 [4] Lin et al. 2024, "Common Diffusion Noise Schedules and Sample Steps are Flawed"
+[5] Lu et al. 2022, "DPM-Solver++" (2M: second order, from the last two predictions)
+[6] Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models"
 
-Steps have no state of their own; `ddim_sample` and `ddim_invert` are the loops over them.
+A sampler is a loop over steps, and a row of SAMPLERS at the end.
 """
 
 from collections.abc import Callable, Iterator
+from math import log
 
 import torch
 from torch import Tensor
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # (x_t, t (B,)) -> prediction of x_t's shape
+Draw = Callable[[], Tensor] | None  # standard noise of x's shape, drawn once a step with eta
 
 
 class Schedule:
@@ -79,13 +83,7 @@ class Schedule:
         return signal * x_t - sigma * prediction, signal * prediction + sigma * x_t
 
     def ddim_step(
-        self,
-        x_t: Tensor,
-        t: int,
-        t_prev: int,
-        prediction: Tensor,
-        eta: float = 0.0,
-        noise: Tensor | None = None,
+        self, x_t: Tensor, t: int, t_prev: int, prediction: Tensor, eta: float = 0.0, noise=None
     ) -> Tensor:
         """x at `t_prev` from x at `t` [2, eq. 12].
 
@@ -127,20 +125,49 @@ class Schedule:
         return list(zip(times, times[1:] + [0]))
 
     def ddim_sample(
-        self,
-        predict: Predict,
-        x: Tensor,
-        steps: int,
-        eta: float = 0.0,
-        draw: Callable[[], Tensor] | None = None,
+        self, predict: Predict, x: Tensor, steps: int, eta: float = 0.0, draw: Draw = None
     ) -> Iterator[Tensor]:
-        """DDIM from x (B, ...) at the first timestep down to a clean one; yields every state.
+        """Yield every state of DDIM from noise x (B, ...) down to a clean one.
 
-        `draw` returns standard noise of x's shape and is called once a step where eta is not 0.
+        eta is 0 to 1. With 1 it is DDPM, and Euler ancestral, which differs only in its timesteps.
         """
         for t, t_prev in self.ddim_pairs(steps):
             prediction = predict(x, torch.full((x.shape[0],), t, device=x.device))
             x = self.ddim_step(x, t, t_prev, prediction, eta, draw() if eta else None)
+            yield x
+
+    def dpm_sample(
+        self, predict: Predict, x: Tensor, steps: int, eta: float = 0.0, draw: Draw = None
+    ) -> Iterator[Tensor]:
+        """Yield every state of DPM-Solver++(2M) [5, algorithm 2], from noise x (B, ...) down.
+
+        Each step is DDIM's (with eta, DPM-Solver++(2M) SDE's) with another x_0: extrapolated from
+        the last two predictions to the middle of the step in log sigma. Noise levels sigma =
+        sqrt((1 - a) / a) are even in sigma^(1/7) [6, eq. 5]. Trap: with zero_snr the first of them
+        is infinite (2^-24 stands for a_t) and most would be noise alone, so timesteps are DDIM's.
+        """
+        times = self.ddim_timesteps(steps)  # raises for steps out of range
+        table = (1 / self.alphas_cumprod.clamp(min=2**-24) - 1).sqrt()
+        sigmas = table[times]
+        if not self.zero_snr:
+            ends = table ** (1 / 7)
+            sigmas = torch.linspace(ends[-1], ends[0], steps, dtype=torch.float64) ** 7
+            times = (sigmas.log()[:, None] - table.log()).abs().argmin(1).tolist()
+        sigmas = [*sigmas.tolist(), 0.0]
+        before = x
+        for i, t in enumerate(times):
+            sigma, sigma_prev = sigmas[i : i + 2]
+            signal, ratio = (1 + sigma**2) ** -0.5, sigma_prev / sigma
+            out = predict(x, torch.full((x.shape[0],), t, device=x.device))
+            z = x / signal  # x_0 + sigma * eps
+            x_0 = z - sigma * out if self.prediction == "eps" else signal * (x - sigma * out)
+            middle = x_0
+            if i and ratio:  # not in the first step, nor in the last, which ends at log 0
+                middle = x_0 + (x_0 - before) * (log(ratio) / (2 * log(sigma / sigmas[i - 1])))
+            z = middle + ratio ** (1 + eta) * (z - middle)
+            if eta:
+                z = z + sigma_prev * (1 - ratio ** (2 * eta)) ** 0.5 * draw()
+            x, before = z * (1 + sigma_prev**2) ** -0.5, x_0
             yield x
 
     def ddim_invert(self, predict: Predict, x: Tensor, steps: int) -> Iterator[Tensor]:
@@ -153,3 +180,18 @@ class Schedule:
             prediction = predict(x, torch.full((x.shape[0],), t, device=x.device))
             x = self.ddim_step(x, t_from, t, prediction)
             yield x
+
+
+# A sampler by its name: the function, its default number of steps, its name in other programs.
+SAMPLERS = {
+    "dpm++": (Schedule.dpm_sample, 14, "DPM++ 2M Karras"),
+    "ddim": (Schedule.ddim_sample, 50, "DDIM"),
+}
+
+
+def sampler_of(name: str, steps: int | None = None) -> tuple[Callable, int, str]:
+    """Return the row of SAMPLERS with this name, with `steps` if they are given."""
+    if name not in SAMPLERS:
+        raise ValueError(f"sampler {name!r} is not known; use {', '.join(SAMPLERS)}")
+    run, default, title = SAMPLERS[name]
+    return run, default if steps is None else steps, title

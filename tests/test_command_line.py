@@ -58,6 +58,15 @@ def test_it_learns_and_draws(tmp_path, capsys):
     assert "--resume" in mistake(capsys, *LEARN, *options)
 
 
+def test_the_sampler_and_its_steps_are_kept_in_the_picture(tmp_path):
+    for sampler, eta, steps in (("dpm++", 0.0, 14), ("ddim", 0.5, 50)):
+        picture = tmp_path / f"{steps}.png"
+        option = [] if sampler == "dpm++" else ["--sampler", sampler, "--eta", str(eta)]
+        assert textinv.main(["sample", "a cat", "-n", "1", "--out", str(picture), *option]) == 0
+        kept = json.loads(Image.open(picture).text["settings"])
+        assert (kept["sampler"], kept["eta"], kept["steps"]) == (sampler, eta, steps)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -119,6 +128,7 @@ def test_mistakes_in_learning(tmp_path, monkeypatch, capsys, change, says):
         (["-n", "0"], "n is 0; it must be at least 1"),
         (["--steps", "0"], "steps 0 is out of range; use 1 to 1000"),
         (["--eta", "2"], "eta is 2.0"),
+        (["--sampler", "euler"], "invalid choice: 'euler'"),
         (["--size", "65"], "must be multiples of 16"),
         (["--size", "big"], "use 512 or 512x768"),
         (["--seed", "-3"], "seed is -3"),

@@ -262,7 +262,7 @@ def live(name: str, steps: int, prediction: str, **options):
         beta_end=0.012,
         beta_schedule="scaled_linear",
         steps_offset=1,
-        clip_sample=options.pop("clip_sample", False),
+        **({} if name.startswith("DPM") else {"clip_sample": options.pop("clip_sample", False)}),
         prediction_type={"eps": "epsilon", "v": "v_prediction"}[prediction],
         **options,
     )
@@ -303,6 +303,30 @@ def test_live_ddpm(prediction, steps):
         reference = scheduler.step(out, t, x, generator=generator).prev_sample
         mine = ours.ddim_step(x, t, t - 1000 // steps, out, 1, noise)
         assert_close_std(mine, reference, STEP)
+
+
+@pytest.mark.parametrize("steps", (1, 2, 3, 15, 50, 1000))
+@pytest.mark.parametrize("eta", (0.0, 1.0))
+@pytest.mark.parametrize("prediction, zero_snr", (("eps", False), ("v", False), ("v", True)))
+def test_live_dpm_solver(prediction, zero_snr, eta, steps):
+    """Every state and timestep, by Karras' noise levels; trailing timesteps with zero_snr."""
+    options = dict(solver_order=2, solver_type="midpoint", use_karras_sigmas=not zero_snr)
+    options |= dict(rescale_betas_zero_snr=zero_snr, timestep_spacing="trailing")
+    options |= dict(algorithm_type="sde-dpmsolver++" if eta else "dpmsolver++")
+    scheduler = live("DPMSolverMultistepScheduler", steps, prediction, **options)
+    ours = Schedule(0.00085, 0.012, prediction, zero_snr=zero_snr)
+    x, asked, net = draws(0)[0], [], {t: draws(t)[:2] for t in scheduler.timesteps.tolist()}
+
+    def predict(x, t):
+        asked.append(t[0].item())
+        return net[asked[-1]][0] / 2 + x / 3
+
+    states = ours.dpm_sample(predict, x, steps, eta, lambda: net[asked[-1]][1])
+    for t, mine in zip(scheduler.timesteps, states, strict=True):
+        out = net[t.item()][0] / 2 + x / 3
+        x = scheduler.step(out, t, x, variance_noise=net[t.item()][1]).prev_sample
+        assert_close_std(mine, x, CHAIN)
+    assert asked == scheduler.timesteps.tolist()
 
 
 @pytest.mark.parametrize("steps", (1, 3, 30, 334, 400, 501, 600, 999, 1000))

@@ -14,6 +14,7 @@ from helpers import EXACT, GOLDEN, assert_close_std
 from safetensors.torch import load_file
 
 import textinv
+from models import runs
 
 ROOT = Path(__file__).resolve().parent.parent
 MUSHROOM = ROOT / "examples" / "concepts" / "mushroom"
@@ -275,12 +276,22 @@ def test_unusable_numbers_are_refused(model, option):
         textinv.invert(model, MUSHROOM, "plant", **option)
 
 
-def test_a_picture_depends_on_its_own_seed_only(model):
-    alone = textinv.sample(model, "a photo of an apple", steps=3, seed=5)
-    among = textinv.sample(model, ["a cat", "a photo of an apple"], n=3, steps=3, seed=4)
+@pytest.mark.parametrize("sampler, eta", (("dpm++", 0), ("dpm++", 1), ("ddim", 0), ("ddim", 1)))
+def test_a_picture_depends_on_its_own_seed_only(model, sampler, eta):
+    given = dict(sampler=sampler, eta=eta, steps=3)
+    alone = textinv.sample(model, "a photo of an apple", seed=5, **given)
+    among = textinv.sample(model, ["a cat", "a photo of an apple"], n=3, seed=4, **given)
     difference = np.abs(np.asarray(alone[0], int) - np.asarray(among[4], int))
     assert difference.max() <= 1
     assert len(among) == 6 and alone[0].size == (64, 64)
+
+
+def test_the_samplers_have_their_numbers_of_steps(model):
+    for sampler, steps in (("dpm++", 14), ("ddim", 50)):
+        drawn = [textinv.sample(model, "a cat", sampler=sampler, steps=s) for s in (None, steps)]
+        assert drawn[0][0].tobytes() == drawn[1][0].tobytes()
+    with pytest.raises(ValueError, match=r"sampler 'euler' is not known; use dpm\+\+, ddim"):
+        textinv.sample(model, "a cat", sampler="euler")
 
 
 def test_words_of_another_width_or_twice_the_same_are_refused(model):
@@ -313,17 +324,17 @@ def converged_after(losses) -> int | None:
 
 
 def test_it_converges_when_the_last_losses_vary_little_beside_all():
-    falling, window = [1 / n for n in range(1, 200)], textinv.STOP_WINDOW
+    falling, window = [1 / n for n in range(1, 200)], runs.STOP_WINDOW
     ratios = [
         np.var(falling[n - window : n], ddof=1) / np.var(falling[:n], ddof=1)
         for n in range(window, 200)
     ]
-    first = next(i for i, ratio in enumerate(ratios) if ratio < textinv.STOP_SHARE)
+    first = next(i for i, ratio in enumerate(ratios) if ratio < runs.STOP_SHARE)
     assert converged_after(falling) == first + window
 
 
 def test_it_does_not_converge_where_the_loss_only_wavers_or_is_too_short():
-    window = textinv.STOP_WINDOW
+    window = runs.STOP_WINDOW
     assert converged_after([0.3, 0.31] * 50) is None
     assert converged_after([1.0, *[0.5] * (window - 2)]) is None
     assert converged_after([1.0, *[0.5] * window]) == window + 1
@@ -335,7 +346,7 @@ STOPPING = dict(init_word="plant", batch_size=2, steps=40, stop="auto")
 @pytest.fixture
 def soon(monkeypatch):
     for name, value in dict(STOP_EVERY=2, STOP_WINDOW=3, STOP_SHARE=0.9).items():
-        monkeypatch.setattr(textinv, name, value)
+        monkeypatch.setattr(textinv if name == "STOP_EVERY" else runs, name, value)
 
 
 def test_training_ends_early_with_the_best_vectors(model, soon):

@@ -64,7 +64,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     args = parser.parse_args()
     model = textinv.load_model()
-    images = textinv.sample(model, PROMPTS, steps=args.steps, guidance_scale=args.guidance)
+    given = dict(sampler="ddim", steps=args.steps, guidance_scale=args.guidance)
+    images = textinv.sample(model, PROMPTS, **given)
     sheet = grid([i.resize((128, 128)) for i in images], columns=8)
     sheet.quantize(256).save(args.out, optimize=True)
 
