@@ -530,7 +530,7 @@ def run_invert(args: argparse.Namespace) -> int:
     state = run.follow(states, args.save_every, preview_every, preview, args.save_image_words)
     if state.over and state.step < steps:
         print(f"converged after {state.step} of {steps} steps")
-    print(what_next(args, out, state.over))
+    print(what_next(args, out, placeholder, state.over))
     return 0 if state.over else 130
 
 
@@ -595,13 +595,13 @@ def read_lines(path: Path) -> list[str]:
     return lines
 
 
-def what_next(args: argparse.Namespace, out: Path, over: bool) -> str:
+def what_next(args: argparse.Namespace, out: Path, placeholder: str, over: bool) -> str:
     """Return a line with what was written and the command to use it, or to continue."""
     if not over:
         command = shlex.join(["python", *sys.argv, *["--resume"] * (not args.resume)])
         return f"stopped; the word so far is in {out}; continue with: {command}"
-    word = load_concept(out).placeholder  # .pt and .png have names of their own
-    again = ["sample", f"a photo of {word}", "--concept", str(out)]
+    again = ["sample", f"a photo of {placeholder}", "--concept", str(out)]
+    again += ["--rename", f"{out.name}={placeholder}"] * (out.suffix.lower() == ".pt")  # A1111's
     again += ["--model", args.model] if args.model else []
     return f"wrote {out}; try: python textinv.py {shlex.join(again)}"
 

@@ -4,9 +4,10 @@ The paper's code: a pickled {"string_to_token", "string_to_param": ParameterDict
 A1111: the same with a plain dict, "name", "step" and the base model; or that as JSON in a picture.
 diffusers: {placeholder: (V, D) or (D,)}, several vectors also as `name`, `name_1`, `name_2`, ...
 kohya, ComfyUI, InvokeAI: {"emb_params": (V, D)}. OneTrainer: {"emp_params": (V, D)}, spelt so.
-SDXL: {"clip_l": (V, 768), "clip_g": (V, 1280)} everywhere, in any container; also within a LoRA
-("bundle_emb.NAME.clip_l"). diffusers' script writes two files, learned_embeds.safetensors and
+SDXL: {"clip_l": (V, 768), "clip_g": (V, 1280)} everywhere, in any container; "clip_l" alone is a
+word of Stable Diffusion 1. diffusers' script writes two files, learned_embeds.safetensors and
 learned_embeds_2.safetensors. Here such a word is one (V, 768 + 1280).
+A LoRA may hold words in any of these layouts: {"bundle_emb.NAME.emb_params": (V, D)}.
 
 The content of a file decides on its format, not its suffix. Nothing in it can run (files.py).
 """
@@ -15,7 +16,9 @@ import base64
 import io
 import json
 import re
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -31,25 +34,33 @@ from .published import find
 from .tokenizers import nfc
 
 SUFFIXES = dict(
-    diffusers=(".safetensors",), emb_params=(".safetensors",), paper=(".pt",), a1111=(".pt", ".png")
+    diffusers=(".safetensors",), emb_params=(".safetensors",), a1111=(".pt", ".png"), paper=(".pt",)
 )
 FORMATS = tuple(SUFFIXES)
 MAX_VECTORS, MAX_WIDTH = 1000, 16384  # in one file
 MAX_TABLE = 1 << 22  # bytes of pickle, header or JSON; those of whole checkpoints are below 1 MB
 PNG, PNG_KEY = b"\x89PNG\r\n\x1a\n", "sd-ti-embedding"  # first bytes; name of A1111's text chunk
 SDXL = (768, 1280)  # widths of the halves of its words
-HALVES = dict(clip_l="clip_g", text_encoders_0="text_encoders_1")  # the latter: old Replicate files
+READ = (".safetensors", ".bin", ".pt", ".png")
+# The key of a word that the layout does not name, or names as one of a bundle; of SDXL's first half
+# and second half. text_encoders_0 and 1 are those of old Replicate files.
+PART = re.compile(
+    r"(?:bundle_emb\.(.+)\.)?(?:(clip_l|text_encoders_0|em[bp]_params|string_to_param\.[^.]+)"
+    r"|(clip_g|text_encoders_1))"
+)
+LORA = r"(^|[._])(lora|lycoris)[._].*\.(weight|alpha|(hada|lokr|oft)_\w+)$"
 STAR = {1280: 1008}  # the id of "*" by width: BERT's in LDM,
 CLIP_STAR = 265  # and CLIP's elsewhere
-A1111_KEYS = dict(steps="step", base_model="sd_checkpoint_name", base_model_hash="sd_checkpoint")
+A1111_KEYS = dict(steps="step", base_model_hash="sd_checkpoint", base_model="sd_checkpoint_name")
 EXPECTED = (
     "expected a learnt word (.safetensors, .pt, .bin or .png) as the paper's code, A1111, "
     "diffusers, kohya or OneTrainer write it; if it is one, download it again"
 )
-REFUSED = {  # key in the file: what that file is
-    r".+\.(weight|bias)": "a model's weights, no learnt word; a checkpoint goes to --model",
-    "clip_[lg]": "half of a word for SDXL, which needs clip_l and clip_g of as many vectors",
-    "emp_params_out": "only OneTrainer's output embedding, no word; train without that option",
+REFUSED = {  # pattern of a key in the file: what that file is
+    LORA: "a LoRA, no learnt word; it changes the model's weights, which only other programs do",
+    r"^(encoder|decoder)\.(conv_in|down|up|mid)": "an autoencoder (VAE), no learnt word",
+    r"\.(weight|bias)$": "a model's weights, no learnt word; a checkpoint goes to --model",
+    "^emp_params_out$": "only OneTrainer's output embedding, no word; train without that option",
 }
 # Control characters, line separators, text that runs backwards, halves of characters. No wider
 # than that: str.isprintable would also refuse what joins an emoji, and so rename the word.
@@ -80,8 +91,8 @@ class Concept:
     ) -> None:
         """Write the word to a file, all or nothing.
 
-        format: one of `FORMATS`, by default what the file's ending suggests; for .safetensors
-        {placeholder: (V, D)}, which diffusers reads as it is. picture: what a .png is drawn on.
+        format: one of `FORMATS`, by default what the file's ending suggests: diffusers' for
+        .safetensors, A1111's for .pt and .png. picture: what a .png is drawn on.
         Raises ValueError where the file exists or cannot be written.
         """
         path = Path(path)
@@ -99,20 +110,20 @@ def load_concept(path: str | Path) -> Concept:
 
 
 def load_concepts(path: str | Path) -> list[Concept]:
-    """Return the words in a file of any layout named above.
+    """Return the words in a file of any layout named above, or in a folder with one such file.
 
-    Where the layout names no placeholder (A1111's .pt, kohya's, OneTrainer's), it is the one in
+    Where the layout names no placeholder (A1111's .pt, kohya's, a bare tensor), it is the one in
     the metadata of a .safetensors or else the file's name without suffix. Metadata is that of a
     .safetensors, and A1111's as "steps", "base_model", "base_model_hash". Harmful characters in
     names and metadata become "?". Raises `CheckpointError`, a ValueError of one line.
     """
-    path, words = find(path), {}
+    path, words = word_file(find(path)), {}
     with files.checking(path, EXPECTED):
         opened = [open_word(file) for file in both_files(path)]
         content, metadata, name = opened[0]
         tables = [tensors_of_words(table, name) for table, *_ in opened]
         for key in tables[0]:
-            halves = [checked(key, table[key]) for table in tables]
+            halves = [checked(key, part) for table in tables for part in table[key]]
             words[clean(key).strip() or clean(path.stem)] = torch.cat(halves, dim=1)
             if sum(map(len, words.values())) > MAX_VECTORS:
                 raise CheckpointError(f"more than {MAX_VECTORS:,} vectors are no learnt words")
@@ -151,12 +162,35 @@ def clean(text: str) -> str:
     return HARMFUL.sub("?", text)
 
 
+def word_file(path: Path) -> Path:
+    """Return the file of the word in a folder: the newest that diffusers' script wrote, else the
+    only one that is a word. Return a file as it is."""
+    if not path.is_dir():
+        return path
+    found = sorted(p for p in path.iterdir() if p.suffix.lower() in READ)
+    names = {p: re.fullmatch(r"learned_embeds(?:-steps-(\d+))?", p.stem) for p in found}
+    if steps := {p: float(name[1] or "inf") for p, name in names.items() if name}:
+        return max(steps, key=lambda p: (steps[p], p.suffix == ".safetensors"))
+    words = []
+    for file in found:
+        with suppress(CheckpointError):
+            words += [file] * bool(load_concepts(file))
+    if len(found := words or found) == 1:
+        return found[0]
+    names = ", ".join([p.name for p in found or sorted(path.iterdir())][:9]) or "nothing"
+    raise CheckpointError(
+        f"{path}: a folder with {names}; give the one file of a word (a model goes to --model)"
+    )
+
+
 def both_files(path: Path) -> list[Path]:
     """Return the path, or both files of a word for SDXL as diffusers' script writes them."""
     first = path.name.replace("learned_embeds_2", "learned_embeds", 1)
     second = first.replace("learned_embeds", "learned_embeds_2", 1)
     pair = [path.with_name(name) for name in (first, second)]
-    return pair if first != second and all(p.is_file() for p in pair) else [path]
+    if path.name != first and not pair[0].is_file():
+        raise CheckpointError(f"half of a word for SDXL; {first} belongs beside it")
+    return pair if first != second and pair[1].is_file() else [path]
 
 
 def open_word(path: Path) -> tuple[dict, dict[str, str], str]:
@@ -166,8 +200,13 @@ def open_word(path: Path) -> tuple[dict, dict[str, str], str]:
             content = json_in_png(file)
             return content, {}, str(content.get("name") or path.stem)
     content, metadata = files.open_content(path, MAX_TABLE)
-    content = content if isinstance(content, dict) else {}
-    return content, metadata, metadata.get("placeholder") or path.stem
+    name, beside = path.stem, path.with_name("token_identifier.txt")
+    if name.startswith("learned_embeds") and beside.is_file():  # as in the sd-concepts-library
+        name = beside.read_text("utf-8-sig", "replace").strip()
+    name = metadata.get("placeholder") or name
+    if isinstance(content, Tensor):
+        content = {name: content}
+    return content if isinstance(content, dict) else {}, metadata, name
 
 
 def json_in_png(file: BinaryIO) -> dict:
@@ -188,35 +227,30 @@ def tensor_in_json(entry: dict):
     return torch.tensor(entry["TORCHTENSOR"]) if "TORCHTENSOR" in entry else entry
 
 
-def tensors_of_words(content: dict, name: str) -> dict[str, Tensor]:
-    """The tensor of each word; `name` is for layouts that do not name theirs."""
+def tensors_of_words(content: dict, name: str) -> dict[str, list[Tensor]]:
+    """Return the tensor of each word, or SDXL's two; `name` is for layouts that do not name it."""
     table = content.get("string_to_param", content.get("state_dict", content))
     if isinstance(table, files.Stub):  # a ParameterDict, of any torch
         table = (table.state or {}).get("_parameters") or {}
     tensors = files.tensors_in(table)
-    if "string_to_param" in content:  # A1111's string is always "*", whatever the word
-        by_name = "name" in content and len(tensors) == 1
-        return dict(zip([name], tensors.values())) if by_name else tensors
-    for key in ("emb_params", "emp_params"):
-        if key in tensors:
-            return {name: tensors[key]}
-    if words := joined_halves(tensors, name):
-        return words
+    if "string_to_param" in content and "name" in content and len(tensors) == 1:
+        return {name: [*tensors.values()]}  # A1111's string is always "*", whatever the word
+    words: dict[str, dict[int, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if match := PART.fullmatch(key):
+            words.setdefault(match[1] or name, {})[match.lastindex] = tensor
+    if words:
+        if any(re.search(LORA, key) for key in tensors):
+            warnings.warn(f"{', '.join(words)}: read without the LoRA that is in the same file")
+        if any(2 not in parts for parts in words.values()):
+            raise CheckpointError("half of a word for SDXL, which needs clip_l and clip_g")
+        return {name: [parts[i] for i in sorted(parts)] for name, parts in words.items()}
     for pattern, what in REFUSED.items():
-        if any(re.fullmatch(pattern, key) for key in tensors):
+        if any(re.search(pattern, key) for key in tensors):
             raise CheckpointError(what)
-    return tensors
-
-
-def joined_halves(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """Return SDXL's words, the halves of each side by side; `name` for one without a name."""
-    words = {}
-    for key, first in tensors.items():
-        match = re.fullmatch(rf"(bundle_emb\.(.+)\.)?({'|'.join(HALVES)})", key)
-        if match and (other := f"{match[1] or ''}{HALVES[match[3]]}") in tensors:
-            halves = checked(key, first), checked(other, tensors[other])
-            words[match[2] or name] = torch.cat(halves, dim=1)
-    return words
+    if any(isinstance(key, int) for key in content):
+        raise CheckpointError("a hypernetwork, no learnt word; A1111's web UI reads it")
+    return {key: [tensor] for key, tensor in tensors.items()}
 
 
 def checked(name: str, tensor: Tensor) -> Tensor:
@@ -281,24 +315,25 @@ def encode_concept(
         raise ValueError(f"placeholder {placeholder!r} cannot be written; use one like <cat>")
     vectors = checked(placeholder, concept.vectors.detach().cpu())
     metadata = concept.metadata | {"placeholder": placeholder}
-    halves = {}
     if vectors.shape[1] == sum(SDXL):
-        first, second = (half.contiguous() for half in vectors.split(SDXL, dim=1))
-        halves = {"clip_l": first, "clip_g": second}
-    if suffix == ".safetensors":
-        key = placeholder if format == "diffusers" else format
-        return save(halves or {key: vectors}, metadata)
-    if format == "paper" and not halves:
-        token = {"*": torch.tensor(STAR.get(vectors.shape[1], CLIP_STAR))}
+        halves = [half.contiguous() for half in vectors.split(SDXL, dim=1)]
+        content = dict(clip_l=halves[0], clip_g=halves[1])
+    elif suffix == ".safetensors":
+        content = {placeholder if format == "diffusers" else format: vectors}
+    elif format == "paper":
+        token = torch.tensor(STAR.get(vectors.shape[1], CLIP_STAR))
         parameters = nn.ParameterDict({"*": nn.Parameter(vectors)})
-        return torch_file({"string_to_token": token, "string_to_param": parameters})
-    content = {"string_to_token": {"*": CLIP_STAR}, "string_to_param": {"*": vectors}}
-    content |= {"name": placeholder, "step": None, "sd_checkpoint": None}
-    content |= {theirs: metadata.get(ours) for ours, theirs in A1111_KEYS.items()}
-    content["step"] = int(steps) if (steps := content["step"] or "").isdecimal() else None
+        content = {"string_to_token": {"*": token}, "string_to_param": parameters}
+    else:
+        content = {"string_to_token": {"*": CLIP_STAR}, "string_to_param": {"*": vectors}}
+        content |= {"name": placeholder}
+        content |= {theirs: metadata.get(ours) for ours, theirs in A1111_KEYS.items()}
+        content["step"] = int(steps) if (steps := content["step"] or "").isdecimal() else None
+    if suffix == ".safetensors":
+        return save(content, metadata)
     if suffix == ".pt":
-        return torch_file(halves or content)
-    return png_file(halves or content, picture or card(placeholder))
+        return torch_file(content)
+    return png_file(content, picture or card(placeholder))
 
 
 def torch_file(content: dict) -> bytes:

@@ -183,7 +183,11 @@ def test_a_finished_run_is_left_alone(tmp_path, capsys):
     out = tmp_path / "w.pt"
     learn = [*LEARN, "--steps", "2", "--preview-every", "0", "--out", str(out)]
     assert textinv.main(learn) == 0
-    assert "'a photo of *'" in capsys.readouterr().out  # the paper's format has no other name
+    command = shlex.split(capsys.readouterr().out.rpartition("try: python textinv.py ")[2])
+    assert command[-1] == "w.pt=<w>"  # A1111 calls the word of a .pt after its file
+    draw = ["--device", "cpu", "--steps", "1", "-n", "1", "--out", str(tmp_path / "grid.png")]
+    assert textinv.main([*command, *draw]) == 0
+    assert torch.load(out)["name"] == "<w>"
     before = out.read_bytes()
     assert textinv.main([*learn, "--resume"]) == 0
     assert "the run is over after 2 steps" in capsys.readouterr().out and out.read_bytes() == before

@@ -8,10 +8,12 @@ safetensors and PIL alone; ours are read here by what those programs do (A1111) 
 import base64
 import io
 import json
+import math
 import pickletools
 import re
 import struct
 import unicodedata
+import warnings
 import zipfile
 from collections import OrderedDict
 from dataclasses import replace
@@ -143,12 +145,12 @@ def test_the_papers_token_is_the_tokenizers():
 def test_formats_and_suffixes(tmp_path):
     assert [default_format(s) for s in (".safetensors", ".pt", ".PNG")] == [
         "diffusers",
-        "paper",
+        "a1111",
         "a1111",
     ]
     with pytest.raises(ValueError, match=r"'.bin'.*\.safetensors, \.pt, \.png"):
         default_format(".bin")
-    assert FORMATS == ("diffusers", "emb_params", "paper", "a1111")
+    assert FORMATS == ("diffusers", "emb_params", "a1111", "paper")
     suffixes = (".safetensors", ".pt", ".png", ".bin", "")
     for format, suffix in {(f, s) for f in (*FORMATS, "kohya") for s in suffixes} - set(KINDS):
         with pytest.raises(ValueError, match=r"possible are.*a1111: \.pt or \.png"):
@@ -343,6 +345,127 @@ def test_harmful_characters_become_question_marks(tmp_path):
     refused(tmp_path / "w.safetensors", "shape")
 
 
+@pytest.mark.parametrize("key", ("clip_l", "text_encoders_0"))
+@pytest.mark.parametrize(("save", "suffix"), ((save_file, ".safetensors"), (torch.save, ".pt")))
+def test_clip_l_alone_is_a_word_of_stable_diffusion_1(key, save, suffix, tmp_path):
+    v, path = vectors(3), tmp_path / f"cat_emb{suffix}"
+    save({key: v}, path)
+    assert read_one(path).placeholder == "cat_emb" and same_bits(read_one(path).vectors, v)
+    if save is save_file:
+        save({key: v.half()}, path, {"placeholder": "<cat>"})
+        assert read_one(path).placeholder == "<cat>"
+        assert same_bits(read_one(path).vectors, v.half().float())
+
+
+@pytest.mark.parametrize("dtype", (torch.float8_e4m3fn, torch.float8_e5m2))
+@pytest.mark.parametrize(("save", "suffix"), ((save_file, ".safetensors"), (torch.save, ".pt")))
+def test_eight_bits(dtype, save, suffix, tmp_path):
+    v, path = vectors(2).to(dtype), tmp_path / f"cat{suffix}"
+    for content in ({"<cat>": v}, {"<cat>": v[0].clone()}, {"emb_params": v}, {"clip_l": v}):
+        save(content, path)
+        (stored,) = content.values()
+        assert same_bits(read_one(path).vectors, stored.float().reshape(-1, 768))
+    save({"clip_l": v, "clip_g": vectors(2, 1280).to(dtype)}, path)
+    assert same_bits(read_one(path).vectors[:, :768].contiguous(), v.float())
+    if suffix == ".pt":
+        torch.save({"string_to_token": {"*": 265}, "string_to_param": {"*": v}, "name": "x"}, path)
+        assert same_bits(read_one(path).vectors, v.float())
+
+
+@pytest.mark.parametrize("suffix", (".pt", ".bin"))
+@pytest.mark.parametrize("shape", ((768,), (1, 768), (4, 1024)))
+@pytest.mark.parametrize("kind", (torch.Tensor.float, torch.Tensor.half, nn.Parameter))
+def test_bare_tensors_are_called_after_the_file(kind, shape, suffix, tmp_path):
+    v, path = kind(vectors(1, 4096).flatten()[: math.prod(shape)].reshape(shape)), None
+    path = tmp_path / f"my cat{suffix}"
+    torch.save(v, path)
+    word = read_one(path)
+    assert word.placeholder == "my cat"
+    assert same_bits(word.vectors, v.detach().float().reshape(-1, shape[-1]))
+
+
+def test_bundles_within_a_lora(tmp_path):
+    lora = {"lora_unet_mid.lora_up.weight": torch.zeros(4, 4), "lora_te_a.alpha": torch.tensor(1.0)}
+    one, two, wide = vectors(2), vectors(1, seed=1), vectors(2, 1280)
+    bundle = {"bundle_emb.my.cat.string_to_param.*": one, "bundle_emb.<dog>.emb_params": two}
+    path = tmp_path / "l.safetensors"
+    for content in (lora | bundle, bundle):
+        save_file(content, path)
+        with warnings.catch_warnings(record=True) as notes:
+            warnings.simplefilter("always")
+            words = {word.placeholder: word.vectors for word in load_concepts(path)}
+        assert set(words) == {"my.cat", "<dog>"}
+        assert same_bits(words["my.cat"], one) and same_bits(words["<dog>"], two)
+        said = ["<dog>, my.cat: read without the LoRA" in str(note.message) for note in notes]
+        assert said == [True] * (content != bundle)
+    save_file({"bundle_emb.x.clip_l": one, "bundle_emb.x.clip_g": wide}, path)
+    word = read_one(path)
+    assert word.placeholder == "x" and same_bits(word.vectors, torch.cat([one, wide], 1))
+    save_file({"bundle_emb.x.clip_l": one}, path)
+    assert read_one(path).placeholder == "x" and same_bits(read_one(path).vectors, one)
+
+
+def test_a_hypernetwork_is_called_one(tmp_path):
+    layers = {"linear.0.weight": torch.zeros(8, 4), "linear.0.bias": torch.zeros(8)}
+    torch.save({768: (layers, layers), 320: (layers, layers)}, tmp_path / "h.pt")
+    refused(tmp_path / "h.pt", "a hypernetwork")
+    torch.save({768: [layers, layers], "step": 10, "name": "h"}, tmp_path / "h.pt")
+    refused(tmp_path / "h.pt", "a hypernetwork")
+
+
+# ------------------------------------------------------------------------------------- folders
+
+
+@pytest.mark.parametrize(
+    ("names", "newest"),
+    [
+        (["learned_embeds.bin"], 0),
+        (["learned_embeds.safetensors"], 0),
+        (["learned_embeds-steps-500.bin", "learned_embeds.bin", "other.pt"], 1),
+        (["learned_embeds.bin", "learned_embeds.safetensors"], 1),
+        (["learned_embeds-steps-500.safetensors", "learned_embeds-steps-1500.safetensors"], 1),
+        (["learned_embeds-steps-3000.bin", "learned_embeds-steps-900.safetensors"], 0),
+        (["cat.pt"], 0),
+        (["cat_emb.safetensors"], 0),
+    ],
+)
+def test_folders_with_a_word(names, newest, tmp_path):
+    (tmp_path / "concept_images").mkdir()
+    for name in ("README.md", "concept_images/1.jpeg", "type_of_concept.txt", ".gitattributes"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "token_identifier.txt").write_text("<cat-toy>")
+    for seed, name in enumerate(names):
+        save = save_file if name.endswith("safetensors") else torch.save
+        save({"<toy>": vectors(1, seed=seed)}, tmp_path / name)
+    word = read_one(tmp_path)
+    assert word.placeholder == "<toy>" and same_bits(word.vectors, vectors(1, seed=newest))
+    (word,) = words_in([str(tmp_path)], [f"{tmp_path.name}=<new>"])
+    assert word.placeholder == "<new>"
+
+
+def test_the_name_beside_an_old_file(tmp_path):
+    (tmp_path / "token_identifier.txt").write_text("\ufeff<cat-toy>\n", "utf-8")
+    for content in (vectors(1)[0], {"emb_params": vectors(1)}):
+        torch.save(content, tmp_path / "learned_embeds.bin")
+        assert read_one(tmp_path).placeholder == "<cat-toy>"
+        assert read_one(tmp_path / "learned_embeds.bin").placeholder == "<cat-toy>"
+    torch.save(vectors(1), tmp_path / "other.bin")
+    assert read_one(tmp_path / "other.bin").placeholder == "other"
+
+
+def test_a_folder_with_one_word_among_other_files(tmp_path):
+    save_file(
+        {"lora_unet_a.alpha": torch.tensor(1.0)}, tmp_path / "pytorch_lora_weights.safetensors"
+    )
+    refused(tmp_path, "a LoRA")
+    save_file({"clip_l": vectors(2)}, tmp_path / "cat_emb.safetensors")
+    write_png(tmp_path / "cat.png", "x", "comment")
+    assert read_one(tmp_path).placeholder == "cat_emb"
+    torch.save({"emb_params": vectors(1)}, tmp_path / "dog.pt")
+    refused(tmp_path, r"cat_emb.safetensors, dog.pt; give the one file of a word")
+    refused(TINY / "sd1/diffusers", "model_index.json.*a model goes to --model")
+
+
 # ------------------------------------------------------------------------------ read by others
 
 
@@ -418,9 +541,8 @@ def test_diffusers_draws_the_same_with_ours(format, count, tmp_path):
     model = textinv.load_model(TINY / "sd1/diffusers", device="cpu", dtype=torch.float32)
     v = model.text_encoder.token_table.std() * vectors(count, 32)
     word = Concept("<cat>", v)
-    suffix = ".safetensors" if format == "diffusers" else ".pt"
-    path = tmp_path / f"word{suffix}"
-    path.write_bytes(encode_concept(word, format, suffix))
+    path = tmp_path / f"word{'.safetensors' if format == 'diffusers' else '.pt'}"
+    word.save(path)
     pipe = pipeline()
     pipe.load_textual_inversion(str(path))
     prompt = "a photo of a <cat> on the beach"
@@ -617,7 +739,14 @@ def test_one_tensor_under_many_names(tmp_path):
         ({"a": vectors(1), "a_1": vectors(1, 1024)}, "different widths"),
         ({"a": torch.zeros(600, 4), "b": torch.zeros(600, 4)}, "more than 1,000"),
         ({}, "no vectors"),
-        ({"unet.lora_up.weight": torch.zeros(4, 4)}, "model's weights.*--model"),
+        ({"emp_params_out": vectors(1)}, "output embedding"),
+        ({"lora_unet_down_blocks_0.alpha": torch.tensor(4.0)}, "a LoRA"),
+        ({"lora_te_text_model_0.lora_up.weight": torch.zeros(4, 4)}, "a LoRA"),
+        ({"unet.mid_block.0.to_q.lora_A.weight": torch.zeros(4, 4)}, "a LoRA"),
+        ({"lycoris_mid_block_0.lokr_w1": torch.zeros(4, 4)}, "a LoRA"),
+        ({"encoder.conv_in.weight": torch.zeros(4, 4)}, "an autoencoder"),
+        ({"decoder.up.3.block.0.conv1.weight": torch.zeros(4, 4)}, "an autoencoder"),
+        ({"text_model.final_layer_norm.bias": torch.zeros(4)}, "model's weights.*--model"),
     ],
 )
 def test_tables_that_are_no_words(table, match, tmp_path):
@@ -714,5 +843,5 @@ def test_what_is_no_word_at_all(content, match, tmp_path):
 
 
 def test_folders_and_nothing(tmp_path):
-    refused(tmp_path, "directory")
+    refused(tmp_path, "a folder with nothing; give the one file")
     refused(tmp_path / "missing.pt", "no such file or folder")

@@ -410,11 +410,20 @@ def test_the_recorded_files():
         torch.testing.assert_close(word.vectors, recorded_word("vec3"), atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("key", ("clip_l", "clip_g"))
-def test_half_a_word_is_refused(key, tmp_path):
-    path = saved(tmp_path / "half.safetensors", {key: torch.zeros(1, 768)})
-    with pytest.raises(CheckpointError, match="needs clip_l and clip_g"):
+@pytest.mark.parametrize("key", ("clip_g", "text_encoders_1", "bundle_emb.<b>.clip_g"))
+@pytest.mark.parametrize("ending", ("safetensors", "pt"))
+def test_half_a_word_is_refused(key, ending, tmp_path):
+    path = saved(tmp_path / f"half.{ending}", {key: torch.zeros(1, 1280)})
+    with pytest.raises(CheckpointError, match="half.*needs clip_l and clip_g"):
         textinv.load_concept(path)
+
+
+@pytest.mark.parametrize("rest", (".safetensors", "-steps-500.safetensors", ".bin"))
+def test_the_second_file_of_diffusers_alone_is_refused(rest, tmp_path):
+    path = saved(tmp_path / f"learned_embeds_2{rest}", {"<cat>": torch.zeros(1, 1280)})
+    for given in (path, tmp_path):
+        with pytest.raises(CheckpointError, match=f"half a word.*learned_embeds{rest}|half of a"):
+            textinv.load_concept(given)
 
 
 @pytest.mark.parametrize("name", ("cat.safetensors", "cat.pt", "cat.png"))
