@@ -337,10 +337,22 @@ def test_a_clip_from_the_cache(hub):
         assert load_clip(given).config.text.width == 64
 
 
-def test_a_word_from_the_cache_and_from_an_address(hub, server, tmp_path, monkeypatch):
+def test_a_word_from_an_address(server, tmp_path, monkeypatch):
     word = tmp_path / "word.safetensors"
     textinv.Concept("<cat-toy>", torch.ones(1, 32)).save(word)
     monkeypatch.setitem(globals(), "FILE", word.read_bytes())
     with pytest.warns(UserWarning, match="downloading"):
         concept = textinv.load_concept(f"{server.address}/whole/learned_embeds.safetensors")
     assert concept.placeholder == "<cat-toy>"
+
+
+def test_a_word_from_the_cache(hub, tmp_path):
+    """As the sd-concepts-library has them."""
+    (tmp_path / "x/concept_images").mkdir(parents=True)
+    (tmp_path / "x/concept_images/0.jpeg").write_bytes(b"a picture")
+    (tmp_path / "x/token_identifier.txt").write_text("<cat-toy>")
+    torch.save({"<cat-toy>": torch.ones(32)}, tmp_path / "x/learned_embeds.bin")
+    root = cached(hub, "sd-concepts-library/cat-toy", tmp_path / "x")
+    for given in ("sd-concepts-library/cat-toy", root, str(root)):
+        concept = textinv.load_concept(given)
+        assert concept.placeholder == "<cat-toy>" and concept.vectors.shape == (1, 32)
