@@ -721,10 +721,10 @@ def show_words(concepts: Sequence[Concept], model: LatentDiffusion) -> None:
         for vector in concept.vectors:
             line = f"  norm {vector.norm():.3f} (words here: {low:.3f}, {middle:.3f}, {high:.3f})"
             if width == table.shape[1]:
-                cosines, ids = F.cosine_similarity(vector[None], table).topk(5)
-                pairs = zip(ids.tolist(), cosines.tolist())
-                line += "; nearest: " + ", ".join(
-                    f"{model.token_text(i)} {c:.2f}" for i, c in pairs
+                near = F.cosine_similarity(vector[None], table).topk(5)
+                pairs = zip(near.indices.tolist(), near.values.tolist())
+                line += (
+                    f"; nearest: {', '.join(f'{model.token_text(i)} {c:.2f}' for i, c in pairs)}"
                 )
             print(line)
         if width != table.shape[1]:

@@ -144,8 +144,7 @@ def words_in(files: Sequence[str], renames: Sequence[str]) -> list[Concept]:
     concepts, known = [], set()
     for path in files:
         for concept in load_concepts(path):
-            names = (str(path), Path(path).name, concept.placeholder)
-            olds = [nfc(name) for name in names]
+            olds = [nfc(s) for s in (str(path), Path(path).name, concept.placeholder)]
             old = next((old for old in olds if old in new_names), concept.placeholder)
             concepts.append(replace(concept, placeholder=new_names.get(old, old)))
             known |= set(olds)
@@ -220,11 +219,9 @@ def json_in_png(file: BinaryIO) -> dict:
             "editors strip; take the original picture or the .pt"
         )
     files.check_size(len(text), MAX_TABLE)
-    return dict(json.loads(base64.b64decode(text), object_hook=tensor_in_json))
-
-
-def tensor_in_json(entry: dict):
-    return torch.tensor(entry["TORCHTENSOR"]) if "TORCHTENSOR" in entry else entry
+    key = "TORCHTENSOR"
+    decoded = base64.b64decode(text)
+    return dict(json.loads(decoded, object_hook=lambda d: torch.tensor(d[key]) if key in d else d))
 
 
 def tensors_of_words(content: dict, name: str) -> dict[str, list[Tensor]]:
@@ -275,14 +272,13 @@ def checked(name: str, tensor: Tensor) -> Tensor:
 
 def join_numbered(words: dict[str, Tensor]) -> dict[str, Tensor]:
     """`name`, `name_1`, `name_2`, ... of one vector each become one word of several."""
-    left, joined = dict(words), {}
-    for name in sorted(words, key=len):  # `name` before `name_1`
-        if name in left:
-            parts = [left.pop(name)]
-            while len(parts[0]) == 1 == len(left.get(f"{name}_{len(parts)}", ())):
-                parts.append(left.pop(f"{name}_{len(parts)}"))
-            joined[name] = torch.cat(parts)
-    return {name: joined[name] for name in words if name in joined}
+    joined: dict[str, list[Tensor]] = {}
+    for name in sorted(words, key=lambda name: (len(name), name)):  # `name` before `name_1`
+        first, _, number = name.rpartition("_")
+        follows = first in joined and number == str(len(joined[first]))
+        follows = follows and len(words[name]) == len(words[first]) == 1
+        joined.setdefault(first if follows else name, []).append(words[name])
+    return {name: torch.cat(joined[name]) for name in words if name in joined}
 
 
 def default_format(suffix: str) -> str:
@@ -300,12 +296,12 @@ def encode_concept(
     """Return the bytes of a word's file. ValueError for what cannot be written.
 
     "diffusers" and "emb_params": .safetensors with all metadata, "placeholder" among them.
-    "paper": .pt. The paper's code finds the word by its id in the tokenizer, where it must be one
-    token; so it is always "*", id 265 for CLIP, 1008 for BERT (1280 wide). No metadata.
-    "a1111": .pt, whose file name is the word, or .png: `picture`, or else a card with the word on
-    it, with the file in a text chunk. Metadata "steps", "base_model" and "base_model_hash".
-    A word for SDXL: {clip_l, clip_g} in all of these. The name of a .pt or .png is the word's then,
-    for A1111 takes every other entry for a tensor.
+    "a1111": .pt, whose file name is the word, or `picture` (else a card with the word on it) as
+    .png, with the same in a text chunk. Metadata "steps", "base_model" and "base_model_hash".
+    "paper": .pt, where the word is always "*": the paper's code finds it by its one id in the
+    tokenizer, 265 for CLIP, 1008 for BERT (1280 wide). No metadata.
+    A word for SDXL is {clip_l, clip_g} in all of these. A .pt or .png gives it its file's name, for
+    A1111 takes every other entry for a tensor.
     """
     suffix, placeholder = suffix.lower(), concept.placeholder
     if suffix not in SUFFIXES.get(format, ()):

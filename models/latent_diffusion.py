@@ -232,9 +232,8 @@ class LatentDiffusion:
         # Trap: A1111's hashes, of fewer digits, are of another kind.
         if len(theirs) == len(self.fingerprint) and theirs != self.fingerprint:
             warnings.warn(
-                f"{concept.placeholder} was learnt with another model ({base or 'unnamed'}, "
-                f"fingerprint {theirs}) than this one ({self.name}, fingerprint "
-                f"{self.fingerprint}); it may look different here"
+                f"{concept.placeholder} was learnt with {base or 'another'} (fingerprint {theirs}), "
+                f"this is another model: {self.name} (fingerprint {self.fingerprint})"
             )
 
     def warn_if_cut(self, prompt: str, count: int) -> None:

@@ -12,16 +12,13 @@ import math
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from itertools import groupby, pairwise
 from pathlib import Path
 
 VOCAB = Path(__file__).parent / "vocab"
 Placeholders = Mapping[str, Sequence[int]]  # {"<cat>": its V consecutive ids}
-
-
-def nfc(text: str) -> str:
-    """Return the text in the form of Unicode in which names and prompts are compared."""
-    return unicodedata.normalize("NFC", text)
+nfc = partial(unicodedata.normalize, "NFC")  # Unicode's form in which names are compared
 
 
 def any_of(words: Iterable[str]) -> str:
