@@ -232,7 +232,7 @@ class LatentDiffusion:
         # Trap: A1111's hashes, of fewer digits, are of another kind.
         if len(theirs) == len(self.fingerprint) and theirs != self.fingerprint:
             warnings.warn(
-                f"{concept.placeholder} was learnt with {base or 'another'} (fingerprint {theirs}), "
+                f"{concept.placeholder} was learnt with {base or 'one'} (fingerprint {theirs}); "
                 f"this is another model: {self.name} (fingerprint {self.fingerprint})"
             )
 
