@@ -37,12 +37,12 @@ from tqdm import tqdm
 
 from models.checkpoint import FAMILIES, load_model
 from models.concepts import FORMATS, Concept, default_format, load_concept, load_concepts, words_in
-from models.files import free_png, free_target, out_of_memory, write_png
+from models.files import free_png, free_target, out_of_memory, text_lines, write_png
 from models.images import Images, NotFinite, find_images, grid, open_image, prepare_images, to_pil
 from models.latent_diffusion import LatentDiffusion
 from models.runs import STOP_EVERY, Run, State, converged
 from models.schedule import SAMPLERS, sampler_of
-from models.tokenizers import is_one_word, nfc, split_weights
+from models.tokenizers import is_one_word, nfc, without_weights
 
 __all__ = ["Concept", "invert", "load_concept", "load_concepts", "load_model", "sample", "train"]
 
@@ -203,6 +203,7 @@ def train(
     texts = templates_by_picture(templates, len(pixels))
     metadata = dict(init_word=init_word, steps=0, lr=lr, batch_size=batch_size, seed=seed)
     metadata |= dict(base_model=model.name, base_model_hash=model.fingerprint)
+    metadata |= dict(clip_skip=model.clip_skip) if model.clip_skip > 1 else {}
     metadata |= dict(templates=json.dumps(list(dict.fromkeys(sum(texts, [])))))
     word = Concept(placeholder, start.clone(), {k: str(v) for k, v in metadata.items()})
     image_words = start_image_words(model, placeholder, len(pixels)) if per_image else []
@@ -397,6 +398,7 @@ def sample(
     model: LatentDiffusion,
     prompts: str | Sequence[str],
     concepts: Sequence[Concept] = (),
+    negative: str = "",
     n: int = 1,
     steps: int | None = None,
     guidance_scale: float | None = None,
@@ -408,11 +410,12 @@ def sample(
 ) -> list[Image.Image]:
     """Draw n pictures of each prompt, all of one prompt in a row.
 
-    Brackets in prompts are weights, "(word:1.2)", see models/tokenizers.py. guidance_scale: 1 is
-    none; the default is 7.5, 5 for SDXL, 3 for the bundled model. sampler: "dpm++" (14 steps unless
-    told otherwise) or the paper's "ddim" (50). eta: 0 is deterministic, 1 as noisy as DDPM. size:
-    pixels, one number or (width, height). Picture i of a prompt starts from noise of seed + i,
-    whatever else is drawn with it. Raises ValueError for numbers out of range and foreign words.
+    Brackets in prompts are weights, "(word:1.2)", see models/tokenizers.py. negative: a prompt for
+    what shall not be seen. guidance_scale: 1 is none; the default is 7.5, 5 for SDXL, 3 for the
+    bundled model. sampler: "dpm++" (14 steps unless told otherwise) or the paper's "ddim" (50).
+    eta: 0 is deterministic, 1 as noisy as DDPM. size: pixels, one number or (width, height).
+    Picture i of a prompt starts from noise of seed + i, whatever else is drawn with it. Raises
+    ValueError for numbers out of range and foreign words.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
@@ -425,7 +428,7 @@ def sample(
     scale = guidance_of(model, guidance_scale)
     size = model.size if size is None else size
     shape = model.latent_shape((size, size) if isinstance(size, int) else size)
-    context, uncond = model.conditioning(prompts, concepts)
+    context, uncond = model.conditioning(prompts, concepts, negative)
     jobs = [(row, seed + i) for row in range(len(prompts)) for i in range(n)]
     images: list[Image.Image] = []
     for first in range(0, len(jobs), batch_size):
@@ -480,8 +483,8 @@ def exit_status(parser: argparse.ArgumentParser, argv: Sequence[str] | None = No
 
 def load_for(args: argparse.Namespace) -> LatentDiffusion:
     """Load the model that the arguments name, and print a line about it."""
-    precision = PRECISIONS.get(args.precision)
-    model = load_model(args.model, args.device, precision, args.family, args.prediction)
+    given = [args.model, args.device, PRECISIONS.get(args.precision), args.family, args.prediction]
+    model = load_model(*given, args.clip_skip)
     print(model)
     return model
 
@@ -563,7 +566,7 @@ def training_options(args: argparse.Namespace, model: LatentDiffusion, templates
 def fingerprints(model: LatentDiffusion, pixels: Tensor, options: dict) -> dict:
     """Return what else must be the same when a run is resumed: model and pictures."""
     found = dict(model=model.name, fingerprint=model.fingerprint, precision=str(model.dtype))
-    found |= dict(prediction=model.schedule.prediction)
+    found |= dict(prediction=model.schedule.prediction, clip_skip=model.clip_skip)
     found |= dict(pictures=hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:16])
     # The vectors of a progressive word join by the number of steps; other runs may get more steps.
     return found | dict(progressive=options["steps"] if options["progressive"] else None)
@@ -583,8 +586,8 @@ def read_templates(choice: str, pictures: Sequence[Path]) -> list[str] | list[li
 def read_lines(path: Path) -> list[str]:
     """Return the templates in a text file. Raises ValueError for a line without {}."""
     try:
-        lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+        lines = text_lines(path)
+    except OSError as error:
         raise ValueError(
             f"{path}: no text with one template per line ({error}); --templates takes "
             f"{', '.join(TEMPLATES)}, captions (cat.txt beside cat.jpg), a file, 'a photo of {{}}'"
@@ -603,24 +606,19 @@ def what_next(args: argparse.Namespace, out: Path, placeholder: str, over: bool)
     again = ["sample", f"a photo of {placeholder}", "--concept", str(out)]
     again += ["--rename", f"{out.name}={placeholder}"] * (out.suffix.lower() == ".pt")  # A1111's
     again += ["--model", args.model] if args.model else []
+    again += ["--clip-skip", str(args.clip_skip)] if args.clip_skip > 1 else []
     return f"wrote {out}; try: python textinv.py {shlex.join(again)}"
 
 
 def words_for(args: argparse.Namespace, prompts: Sequence[str]) -> list[Concept]:
     """Return the words for some prompts, and check the prompts before anything slow. Warns of words
-    that no prompt uses, and of what looks like a placeholder and is none."""
+    that no prompt uses."""
     concepts = words_in(args.concept, args.rename)
     known = [concept.placeholder for concept in concepts]
-    text = nfc("\n".join(prompts))
-    for prompt in prompts:
-        split_weights(prompt)  # raises for a weight that is no number
+    texts = [without_weights(prompt, known) for prompt in prompts]  # raises for a faulty weight
     for word in known:
-        if word not in text:
+        if not any(word in text for text in texts):
             warnings.warn(f"{word} was loaded, but no prompt uses it")
-    for word in dict.fromkeys(re.findall(r"<[^<>\s]+>", text)):
-        if word not in known:
-            there = ", ".join(known) or "none"
-            warnings.warn(f"{word} is no learnt word (known: {there}); it is read as plain text")
     return concepts
 
 
@@ -628,26 +626,29 @@ def run_sample(args: argparse.Namespace) -> None:
     """draw prompts with learnt words"""
     out = free_png(args.out, args.overwrite)
     check_range(1, n=args.n)
-    singles = [Path(args.singles or "") / f"{i:04d}.png" for i in range(args.n * len(args.prompts))]
+    if not (prompts := args.texts + args.prompts):
+        raise ValueError("no prompt given; give PROMPT in quotes, or --prompts FILE")
+    singles = [Path(args.singles or "") / f"{i:04d}.png" for i in range(args.n * len(prompts))]
     for path in singles if args.singles else ():
         if free_target(path, args.overwrite).resolve() == out.resolve():
             raise ValueError(f"--out {out} is also a picture of --singles; write it elsewhere")
-    concepts, model = words_for(args, args.prompts), load_for(args)
+    concepts, model = words_for(args, [*prompts, args.negative]), load_for(args)
     _, steps, title = sampler_of(args.sampler, args.steps)
     settings = dict(sampler=args.sampler, steps=steps, eta=args.eta, seed=args.seed)
-    settings |= dict(size=args.size or model.size, guidance_scale=guidance_of(model, args.guidance))
-    print(f"drawing {len(args.prompts)} prompt(s) x {args.n}, {steps} steps of {title}, to {out}")
-    images, seeds = [], [*range(args.seed, args.seed + args.n)] * len(args.prompts)
-    for prompt in tqdm(args.prompts, unit="prompt", disable=len(args.prompts) == 1):
+    settings |= dict(size=args.size or (model.size, model.size), negative=args.negative)
+    settings |= dict(guidance_scale=guidance_of(model, args.guidance))
+    info = settings | dict(title=title, model=model.name, model_hash=model.short_hash)
+    info |= dict(clip_skip=model.clip_skip)
+    print(f"drawing {len(prompts)} prompt(s) x {args.n}, {steps} steps of {title}, to {out}")
+    images, seeds = [], [*range(args.seed, args.seed + args.n)] * len(prompts)
+    for prompt in tqdm(prompts, unit="prompt", disable=len(prompts) == 1):
         for image in sample(model, prompt, concepts, n=args.n, **settings):
             if args.singles:
-                text = {"prompt": prompt, "settings": settings | dict(seed=seeds[len(images)])}
+                text = {"prompt": prompt, "settings": info | dict(seed=seeds[len(images)])}
                 write_png(singles[len(images)], image, text, args.overwrite)
             images.append(image)
-    settings |= dict(n=args.n, seeds=seeds, model=model.name)
-    text = {"prompt": "\n".join(args.prompts), "settings": settings}
-    columns = args.n if len(args.prompts) > 1 else None
-    write_png(out, grid(images, columns), text, args.overwrite)
+    text = {"prompt": "\n".join(prompts), "settings": info | dict(n=args.n, seeds=seeds)}
+    write_png(out, grid(images, args.n if len(prompts) > 1 else None), text, args.overwrite)
     print(f"wrote {out}")
 
 
@@ -701,12 +702,10 @@ def show_model(model: LatentDiffusion) -> None:
 def show_prompt(prompt: str, concepts: Sequence[Concept], model: LatentDiffusion) -> None:
     """Print a line per token: id, text, and weight if it is not 1."""
     model.check_concepts(concepts)
-    words = model.weighted_ids(prompt, concepts)
-    model.warn_if_cut(prompt, len(words))
-    ids = model.tokenizer.frame([i for i, _ in words])
-    weights = [1.0, *(weight for _, weight in words[: len(ids) - 2]), 1.0]
-    for i, weight in zip(ids, weights):
-        print(f"{i:6d} {model.token_text(i, concepts)}" + f" x {weight:.2f}" * (weight != 1))
+    start, end = ((i, 1.0) for i in model.tokenizer.frame([]))
+    for chunk in model.weighted_chunks(prompt, concepts):
+        for i, weight in [start, *chunk, end]:
+            print(f"{i:6d} {model.token_text(i, concepts)}" + f" x {weight:.2f}" * (weight != 1))
 
 
 def show_words(concepts: Sequence[Concept], model: LatentDiffusion) -> None:
@@ -750,12 +749,15 @@ def picture_size(text: str) -> tuple[int, int]:
 # Every option by the name that VERBS uses; `flag` is its name on the command line if that differs.
 OPTIONS: dict[str, dict] = dict(
     images=dict(flag="images", help="folder with 3-5 pictures of one thing"),
-    prompts=dict(flag="prompts", nargs="+", metavar="PROMPT", help="(word:1.2) weighs a word"),
+    texts=dict(flag="texts", nargs="*", metavar="PROMPT", help="(word:1.2) weighs a word"),
+    prompts=dict(type=text_lines, default=[], metavar="FILE", help="text file, a prompt a line"),
+    negative=dict(default="", metavar="TEXT", help="a prompt for what shall not be seen"),
     source=dict(flag="source", metavar="IN", help="a word's file"),
     target=dict(flag="out", metavar="OUT", help="the file to write"),
     model=dict(metavar="NAME|PATH", help="sd15, sd21, sdxl, ldm, file, folder (default: bundled)"),
     family=dict(choices=FAMILIES, help="family of the checkpoint, if its keys do not tell"),
     prediction=dict(choices=("eps", "v"), help="what it predicts, if the file does not tell"),
+    clip_skip=dict(type=int, default=1, metavar="N", help="2 for models trained so (SD 1 only)"),
     device=dict(help="cuda, mps or cpu (default: the best there is)"),
     precision=dict(choices=PRECISIONS, help="of UNet and autoencoder (default: the device's best)"),
     seed=dict(type=int, default=0, help="of all random numbers (default 0)"),
@@ -796,13 +798,13 @@ OPTIONS: dict[str, dict] = dict(
     word=dict(type=nfc, metavar="WORD", help="which word, if IN holds several"),
     picture=dict(metavar="FILE", help="picture that carries the word, for an OUT.png"),
 )
-MODEL = " model family prediction device precision"
+MODEL = " model family prediction clip_skip device precision"
 VERBS = {
     run_invert: "images init_word placeholder word_out resume overwrite vectors training_steps "
     "batch_size lr stop weight_decay regularize progressive per_image save_image_words templates "
     "training_size no_flip gradient_checkpointing preview_every save_every seed" + MODEL,
-    run_sample: "prompts concept rename n sampler steps guidance eta size grid_out singles "
-    "overwrite seed" + MODEL,
+    run_sample: "texts prompts negative concept rename n sampler steps guidance eta size grid_out "
+    "singles overwrite seed" + MODEL,
     run_convert: "source target format placeholder word picture overwrite",
     run_show: "word_file prompt concept rename" + MODEL,
 }

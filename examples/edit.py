@@ -42,9 +42,10 @@ def edit(
     guidance_scale: float | None = None,
     seed: int = 0,
     reconstruct_steps: int = 100,
+    negative: str = "",
 ) -> list[Image.Image]:
     """Return n versions of a picture, repainted to the prompt where the mask is white, or
-    everywhere without a mask.
+    everywhere without a mask. negative: a prompt for what shall not be seen.
 
     Sampling starts from the picture noised to `strength`, in (0, 1], of the schedule: 1, the
     default with a mask, starts from pure noise; 0.6, the default without one, keeps the layout.
@@ -64,7 +65,7 @@ def edit(
     textinv.check_range(0, seed=seed, reconstruct_steps=reconstruct_steps)
     mask = Image.new("L", image.size, 255) if mask is None else open_mask(mask, image.size)
     guide = dict(guidance_scale=textinv.guidance_of(model, guidance_scale))
-    guide["context"], guide["uncond"] = model.conditioning([prompt], concepts)
+    guide["context"], guide["uncond"] = model.conditioning([prompt], concepts, negative)
     size = working_size(image.size, model.size, model.unit)
     pixels = to_tensor(image.resize(size, Image.Resampling.BICUBIC)).to(model.device)
     inside = (to_tensor(mask.resize(size)).to(model.device) + 1) / 2
@@ -204,7 +205,7 @@ def make_parser() -> argparse.ArgumentParser:
     fit = "fit the decoder to what the mask keeps (100); 0 is faster, perhaps with a seam"
     p.add_argument("--reconstruct-steps", type=int, default=100, metavar="STEPS", help=fit)
     p.add_argument("--out", default="edited.png", metavar="FILE", help="a grid if n > 1")
-    names = "model family prediction device precision seed overwrite steps guidance concept rename"
+    names = "concept rename negative steps guidance seed overwrite" + textinv.MODEL
     textinv.add_options(p, names)
     p.set_defaults(run=run, steps=50)
     return p
@@ -215,17 +216,19 @@ def run(args: argparse.Namespace) -> None:
     textinv.check_range(1, n=args.n)
     image = open_image(args.image)
     mask = open_mask(args.mask, image.size) if args.mask else None
-    concepts = textinv.words_for(args, [args.prompt])
+    concepts = textinv.words_for(args, [args.prompt, args.negative])
     model = textinv.load_for(args)
     strength = default_strength(mask) if args.strength is None else args.strength
     settings = dict(strength=strength, steps=args.steps)
-    settings |= dict(reconstruct_steps=args.reconstruct_steps)
+    settings |= dict(reconstruct_steps=args.reconstruct_steps, negative=args.negative)
     settings |= dict(guidance_scale=textinv.guidance_of(model, args.guidance))
     print(f"repainting {args.image}, {args.n} version(s), {args.steps} DDIM steps, to {out}")
     images, seeds = [], range(args.seed, args.seed + args.n)
     for seed in tqdm(seeds, unit="version", disable=args.n == 1):
         images += edit(model, image, args.prompt, concepts, mask, seed=seed, **settings)
-    settings |= dict(image=args.image, mask=args.mask, seeds=[*seeds], model=model.name)
+    settings |= dict(image=args.image, mask=args.mask, size=image.size, seed=args.seed)
+    settings |= dict(seeds=[*seeds], model=model.name, model_hash=model.short_hash)
+    settings |= dict(clip_skip=model.clip_skip)
     text = {"prompt": args.prompt, "settings": settings}
     write_png(out, grid(images), text, args.overwrite)
     print(f"wrote {out}")

@@ -41,7 +41,6 @@ from models.tokenizers import (
     Tokenizer,
     WordPieceTokenizer,
     any_of,
-    escape,
     without_weights,
 )
 
@@ -154,6 +153,11 @@ def without_placeholder(prompt: str, placeholder: str) -> str:
     return " ".join(prompt.replace(placeholder, "").split())
 
 
+def escape(text: str) -> str:
+    """Return the text with its brackets escaped, so that they are read as plain text."""
+    return re.sub(r"([()\[\]\\])", r"\\\1", text)
+
+
 def plain_text(prompt: str, concepts: Sequence[Concept]) -> str:
     """Return the prompt for a CLIP that does not know the words: without weights, each word
     replaced by the initial word that its file names."""
@@ -248,8 +252,7 @@ def make_parser() -> textinv.Parser:
     p.add_argument("--clip", metavar="PATH", help="vit-b-32 (OpenAI's), or a path (bundled CLIP)")
     p.add_argument("--out", default="scores.csv", metavar="FILE", help="table (scores.csv)")
     p.add_argument("--chart", metavar="FILE", help="draw figure 7 of it (needs matplotlib)")
-    names = "model family prediction device precision seed overwrite steps guidance"
-    textinv.add_options(p, names)
+    textinv.add_options(p, "seed overwrite steps guidance" + textinv.MODEL)
     p.set_defaults(run=run, steps=50)
     return p
 

@@ -28,10 +28,10 @@ from models.files import free_png, free_target, write_png
 from models.images import find_images, grid
 from models.runs import interruptible
 
-MODEL = " seed overwrite model family prediction device precision"
+MODEL = " seed overwrite" + textinv.MODEL
 INVERT = "images init_word placeholder word_out vectors training_steps batch_size lr stop templates"
 INVERT += " weight_decay regularize progressive per_image no_flip gradient_checkpointing save_every"
-SAMPLE = "prompts concept rename n sampler steps guidance grid_out"
+SAMPLE = "texts prompts negative concept rename n sampler steps guidance grid_out"
 
 
 @contextmanager
@@ -105,20 +105,26 @@ def invert(args: argparse.Namespace, rank: int, world: int) -> int:
 def sample(args: argparse.Namespace, rank: int, world: int) -> None:
     """Sample the prompts, each in one process, and write them as one grid."""
     out = free_png(args.out, args.overwrite)
-    concepts = textinv.words_for(args, args.prompts)
+    if not (prompts := args.texts + args.prompts):
+        raise ValueError("no prompt given; give PROMPT in quotes, or --prompts FILE")
+    concepts = textinv.words_for(args, [*prompts, args.negative])
     model = textinv.load_for(args)
-    _, steps, _ = textinv.sampler_of(args.sampler, args.steps)
+    _, steps, title = textinv.sampler_of(args.sampler, args.steps)
     settings = dict(n=args.n, sampler=args.sampler, steps=steps, seed=args.seed)
+    settings |= dict(size=(model.size, model.size), negative=args.negative)
     settings |= dict(guidance_scale=textinv.guidance_of(model, args.guidance))
-    print(f"drawing {len(args.prompts)} prompt(s) x {args.n} on {world} processes, to {out}")
-    prompts = args.prompts[rank::world]
-    drawn = [textinv.sample(model, prompt, concepts, **settings) for prompt in prompts]
+    print(f"drawing {len(prompts)} prompt(s) x {args.n} on {world} processes, to {out}")
+    mine = prompts[rank::world]
+    drawn = [textinv.sample(model, prompt, concepts, **settings) for prompt in mine]
     shares: list[list] = [[] for _ in range(world)]
     dist.all_gather_object(shares, drawn)
-    rows = [shares[i % world][i // world] for i in range(len(args.prompts))]
+    rows = [shares[i % world][i // world] for i in range(len(prompts))]
     if rank == 0:
         pictures = [picture for row in rows for picture in row]
-        text = {"prompt": "\n".join(args.prompts), "settings": settings | dict(model=model.name)}
+        settings |= dict(
+            title=title, model=model.name, model_hash=model.short_hash, clip_skip=model.clip_skip
+        )
+        text = {"prompt": "\n".join(prompts), "settings": settings}
         write_png(out, grid(pictures, args.n if len(rows) > 1 else None), text, args.overwrite)
     print(f"wrote {out}")
 

@@ -78,7 +78,7 @@ class Transformer(nn.Module):
 
 
 class BertTextEncoder(nn.Module):
-    restores_mean = False  # it is 0 but for noise
+    restores_mean = False  # weights in a prompt do not keep its mean, which is close to 0
 
     def __init__(self, config: BertConfig):
         super().__init__()

@@ -19,7 +19,7 @@ from . import naming
 from .autoencoder import Autoencoder, AutoencoderConfig
 from .bert import BertConfig, BertTextEncoder
 from .clip import CLIP, CLIPConfig, CLIPTextEncoder, SDXLTextEncoder, TextConfig, VisionConfig
-from .files import EXPECTED, CheckpointError, checking, contents, open_state, some
+from .files import EXPECTED, CheckpointError, checking, contents, open_state, short_hash, some
 from .latent_diffusion import LatentDiffusion
 from .naming import Tensors, count, part
 from .published import checkpoint_in, find
@@ -144,6 +144,7 @@ def read_single_file(path: Path, family: str | None) -> tuple[dict[str, Tensors]
     beside = settings_beside(path)
     number = {k: int(v) for k, v in beside.items() if v.isdigit()}
     known = dict(family=family, name=path.name, prediction=beside.get("parameterization"))
+    known["short_hash"] = short_hash(path)
     if "num_head_channels" in number:
         known["attention"] = dict(heads=None, head_width=number["num_head_channels"])
     elif "num_heads" in number:
@@ -281,6 +282,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     family: str | None = None,
     prediction: str | None = None,
+    clip_skip: int = 1,
 ) -> LatentDiffusion:
     """A text-to-image model from a public checkpoint, frozen, ready to invert and sample.
 
@@ -288,9 +290,10 @@ def load_model(
     repository ("x/y") in the local cache, an address or a published name ("sd15", "sd21", "sdxl",
     "ldm"), which are downloaded once, or None for the bundled model. device, dtype: the best there
     are unless given; the text encoder stays in float32 whatever `dtype` is. family (one of
-    `FAMILIES`) and prediction ("eps", "v") override what the file says. Weights that need no
-    conversion stay in the file, mapped: replace it by renaming another, never by writing into it.
-    Raises `CheckpointError`, a ValueError, for anything but such a file.
+    `FAMILIES`) and prediction ("eps", "v") override what the file says. clip_skip: 2 takes the
+    text from the last layer but one, as some Stable Diffusion 1 fine-tunes were trained. Weights
+    that need no conversion stay in the file, mapped: replace it by renaming another, never by
+    writing into it. Raises `CheckpointError`, a ValueError, for anything but such a file.
     """
     if family not in (None, *FAMILIES):
         raise ValueError(f"family {family!r} is not known; use {', '.join(FAMILIES)}")
@@ -308,7 +311,9 @@ def load_model(
         else:
             parts, known = read_bundled(path)
         known["prediction"] = prediction or known["prediction"]
-        return assemble(parts, device, dtype, **known)
+        if clip_skip not in ((1, 2) if known["family"] == "sd1" else (1,)):
+            raise CheckpointError(f"clip skip is {clip_skip}; use 2 with some SD 1 models, else 1")
+        return assemble(parts, device, dtype, clip_skip=clip_skip, **known)
 
 
 def assemble(

@@ -133,12 +133,12 @@ class CLIPTextEncoder(nn.Module):
     never built: `config.layers` is 23 of 24, and all families take the last output.
     """
 
-    restores_mean = True
+    restores_mean = True  # weights in a prompt keep the mean of its features
 
     def __init__(self, config: TextConfig):
         super().__init__()
         self.config = config
-        self.widths = (config.width,)
+        self.widths = (config.width,)  # of the features of each encoder
         self.text_model = TextModel(config)
 
     @property

@@ -7,6 +7,7 @@ while they are in use; a rename, as `write_file` does, and a removal do not matt
 """
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -235,14 +236,52 @@ def write_file(path: str | Path, content: bytes, overwrite: bool = False) -> Non
         temporary.unlink(missing_ok=True)
 
 
+# How A1111's web UI calls settings.
+INFOTEXT = dict(steps="Steps", title="Sampler", guidance_scale="CFG scale", seed="Seed")
+INFOTEXT |= dict(size="Size", model_hash="Model hash", model="Model", clip_skip="Clip skip")
+
+
+def infotext(prompt: str, settings: dict) -> str:
+    """Return prompt and settings in the form that A1111's web UI and its like write and read."""
+    texts = []
+    for name, label in INFOTEXT.items():
+        value = settings.get(name, "DDIM" if name == "title" else "")
+        text = "x".join(map(str, value)) if name == "size" else str(value)
+        text = re.sub(r"\.(safetensors|ckpt)$", "", text)
+        text = json.dumps(text, ensure_ascii=False) if re.search("[,:\n]", text) else text
+        texts += [f"{label}: {text}"] * (text != "")
+    negative = [f"Negative prompt: {settings['negative']}"] if settings.get("negative") else []
+    return "\n".join([prompt, *negative, ", ".join(texts)]).strip()
+
+
 def write_png(path: str | Path, image: Image.Image, text: dict, overwrite: bool) -> None:
-    """A PNG whose text chunks say how it was made."""
+    """Write a PNG whose text chunks say how it was made; with "settings" among them also as A1111's
+    web UI says it, in "parameters"."""
+    if "settings" in text:
+        text = text | dict(parameters=infotext(text["prompt"], text["settings"]))
     info = PngImagePlugin.PngInfo()
     for key, value in text.items():
-        info.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
+        info.add_text(key, value if isinstance(value, str) else json.dumps(value))
     buffer = io.BytesIO()
     image.save(buffer, "PNG", pnginfo=info)
     write_file(path, buffer.getvalue(), overwrite)
+
+
+def short_hash(path: Path) -> str:
+    """Return the short hash by which A1111's web UI and Civitai ("AutoV1") know a checkpoint."""
+    with open(path, "rb") as file:
+        file.seek(1 << 20)
+        content = file.read(1 << 16)
+    return hashlib.sha256(content).hexdigest()[:8] if content else ""  # a file of less than 1 MiB
+
+
+def text_lines(path: str | Path) -> list[str]:
+    """Return the lines of a text file that are not empty. Raises OSError if it is not readable."""
+    try:
+        lines = Path(path).read_text("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise OSError(f"{path}: no UTF-8 text ({error}); save it as UTF-8") from None
+    return [line for line in lines if line.strip()]
 
 
 def write_table(path: str | Path, rows: Sequence[dict], overwrite: bool) -> None:

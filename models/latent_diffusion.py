@@ -5,21 +5,21 @@ the text encoder, eps_theta the UNet. Everything is frozen. Textual inversion ad
 `embed`: ids that are not in the vocabulary are looked up in the learnt vectors.
 """
 
-import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .autoencoder import Autoencoder
+from .bert import BertTextEncoder
+from .clip import CLIPTextEncoder, SDXLTextEncoder
 from .concepts import Concept
 from .layers import Conditioning, each
 from .schedule import Schedule
-from .tokenizers import Placeholders, Tokenizer, any_of, escape, is_one_word, nfc, split_weights
+from .tokenizers import BREAK, Placeholders, Tokenizer, Tokens, is_one_word, split_weights
 from .unet import UNet
 
 # Which model a word belongs to, by the width of its vectors.
@@ -28,23 +28,11 @@ WIDTHS |= {2048: "a Stable Diffusion XL"}
 Context = Tensor | Conditioning  # (B, L, D); SDXL's has pooled text (B, P) beside it
 
 
-class TextEncoder(Protocol):
-    """What `LatentDiffusion` needs of a text encoder, an nn.Module."""
-
-    token_table: Tensor  # (vocab_size, D), the frozen embeddings that words are looked up in
-    restores_mean: bool  # whether weights in a prompt keep the mean of its features
-    widths: tuple[int, ...]  # of the features of each encoder, where there are several: D in all
-
-    def __call__(self, embeddings: Tensor, ends: Tensor) -> Context:
-        """Return the context (B, L, D) of token embeddings (B, L, D), whose prompts end at the
-        positions `ends` (B,)."""
-
-
 @dataclass
 class LatentDiffusion:
     unet: UNet
     autoencoder: Autoencoder
-    text_encoder: TextEncoder
+    text_encoder: BertTextEncoder | CLIPTextEncoder | SDXLTextEncoder
     tokenizer: Tokenizer
     schedule: Schedule
     family: str  # "ldm", "sd1", "sd2" or "sdxl"
@@ -55,6 +43,8 @@ class LatentDiffusion:
     scale_factor: float = 0.18215
     fingerprint: str = ""  # identifies the base model, the same in every precision and layout
     stored: str = ""  # precision of its file: "float16"
+    short_hash: str = ""  # of its file, as A1111's web UI computes it
+    clip_skip: int = 1  # layer of the text encoder that is used, counted from the last
     # The model's own defaults where they are not the paper's: steps, batch_size, lr,
     # guidance_scale.
     defaults: dict[str, float] = field(default_factory=dict)
@@ -62,6 +52,8 @@ class LatentDiffusion:
     def __post_init__(self):
         for module in (self.unet, self.autoencoder, self.text_encoder):
             module.requires_grad_(False).eval()
+        if self.clip_skip > 1:  # the final norm stays
+            del self.text_encoder.text_model.encoder.layers[1 - self.clip_skip :]
 
     @property
     def device(self) -> torch.device:
@@ -135,49 +127,60 @@ class LatentDiffusion:
         # Not part[where]: see the trap in `embed`.
         return each(lambda part: part.index_select(0, where), context)
 
-    def weighted_ids(self, prompt: str, concepts: Sequence[Concept]) -> list[tuple[int, float]]:
-        """Return the ids of a prompt, each with its weight, without start and end."""
+    def weighted_chunks(self, prompt: str, concepts: Sequence[Concept]) -> list[Tokens]:
+        """Return the ids of a prompt, each with its weight, in the chunks that the text encoder
+        reads one by one, without start and end. LDM's BERT reads one; warns of what is cut off."""
         placeholders = self.placeholders(concepts)
-        if placeholders:  # the brackets of a placeholder like [V] are no weight
-            prompt = re.sub(any_of(placeholders), lambda word: escape(word[0]), nfc(prompt))
-        pieces = split_weights(prompt)
-        return [(i, w) for text, w in pieces for i in self.tokenizer.token_ids(text, placeholders)]
+        tokens: Tokens = []
+        for text, weight in split_weights(prompt, placeholders):
+            ids = [BREAK] if text is None else self.tokenizer.token_ids(text, placeholders)
+            tokens += [(i, weight) for i in ids]
+        if self.family != "ldm":
+            return self.tokenizer.chunks(tokens, placeholders)
+        read = [(i, weight) for i, weight in tokens if i != BREAK]
+        if len(read) < len(tokens):
+            warnings.warn(f"{prompt!r}: this model has no second chunk, BREAK is left out")
+        self.warn_if_cut(prompt, len(read))
+        return [read[: self.tokenizer.max_length - 2]]
 
     def encode_prompts(self, prompts: Sequence[str], concepts: Sequence[Concept] = ()) -> Context:
-        """Return the context (B, L, D) as `encode_text` does, with brackets read as weights.
+        """Return the context (B, k * L, D) as `encode_text` does, with brackets read as weights.
+        The k chunks of the longest prompt are side by side; others are filled up with empty ones.
 
-        Each token's output is multiplied by its weight, then the whole prompt is scaled so that its
-        mean is what it was: the rule of AUTOMATIC1111's web UI, which knows CLIP only and takes
-        each of SDXL's two by itself. BERT's mean is close to 0, so LDM leaves the scaling out: it
+        Each token's output is multiplied by its weight, then each chunk is scaled so that its mean
+        is what it was: the rule of AUTOMATIC1111's web UI, which knows CLIP only and takes each of
+        SDXL's two by itself. BERT's mean is close to 0, so LDM leaves the scaling out: it
         multiplied whole prompts by -18. Raises ValueError for a weight that is no number.
         """
-        rows = [self.weighted_ids(prompt, concepts) for prompt in prompts]
-        encoded = self.encode_ids([[i for i, _ in row] for row in rows], concepts)
+        rows = [self.weighted_chunks(prompt, concepts) for prompt in prompts]
+        k = max(map(len, rows), default=1)
+        chunks = [chunk for row in rows for chunk in row + [[]] * (k - len(row))]
+        encoded = self.encode_ids([[i for i, _ in chunk] for chunk in chunks], concepts)
         context = encoded.context if isinstance(encoded, Conditioning) else encoded
         weights = torch.ones(context.shape[:2])
-        for i, row in enumerate(rows):
-            row = row[: self.tokenizer.max_length - 2]
-            weights[i, 1 : 1 + len(row)] = torch.tensor([weight for _, weight in row])
+        for i, chunk in enumerate(chunks):
+            weights[i, 1 : 1 + len(chunk)] = torch.tensor([weight for _, weight in chunk])
         scaled = context * weights[..., None].to(context.device)
         if self.text_encoder.restores_mean:
             pairs = zip(*(x.split(self.text_encoder.widths, dim=-1) for x in (context, scaled)))
             scaled = torch.cat([restore_mean(before, after) for before, after in pairs], dim=-1)
-        return replace(encoded, context=scaled) if context is not encoded else scaled
+        scaled = scaled.reshape(len(prompts), -1, scaled.shape[-1])  # (B, k * L, D)
+        # Pooled text is that of the first chunk.
+        return replace(encoded[::k], context=scaled) if context is not encoded else scaled
 
     def conditioning(
-        self, prompts: Sequence[str], concepts: Sequence[Concept] = ()
+        self, prompts: Sequence[str], concepts: Sequence[Concept] = (), negative: str = ""
     ) -> tuple[Context, Context]:
-        """Return the context (P, L, D) of the prompts and that of the empty prompt (1, L, D), as
-        `guided` takes them. Checks the concepts and warns of prompts that are too long.
+        """Return the context (P, L, D) of the prompts and that of the negative prompt (1, L, D), as
+        `guided` takes them. Checks the concepts.
 
         Trap: SDXL was trained with zeros in place of the empty prompt.
         """
         self.check_concepts(concepts)
-        for prompt in prompts:
-            self.warn_if_cut(prompt, len(self.weighted_ids(prompt, concepts)))
-        uncond = self.encode_text([""])
-        uncond = each(torch.zeros_like, uncond) if self.family == "sdxl" else uncond
-        return self.encode_prompts(prompts, concepts), uncond
+        both = self.encode_prompts([*prompts, negative], concepts)
+        context, uncond = both[:-1], both[-1:]
+        zeros = self.family == "sdxl" and not negative.strip()
+        return context, each(torch.zeros_like, uncond) if zeros else uncond
 
     def token_text(self, i: int, concepts: Sequence[Concept] = ()) -> str:
         """Return the text of an id: the vocabulary's entry, or a word and its vector's number."""
@@ -222,6 +225,9 @@ class LatentDiffusion:
                     f"two words are called {concept.placeholder}; give one another name: "
                     "--rename FILE='<another>'"
                 )
+            if (skip := concept.metadata.get("clip_skip")) not in (None, str(self.clip_skip)):
+                name = concept.placeholder
+                warnings.warn(f"{name} was learnt with clip skip {skip}; add --clip-skip {skip}")
             self.check_placeholder(concept.placeholder)
             self.warn_of_another_model(concept)
             seen.add(concept.placeholder)
@@ -286,7 +292,7 @@ class LatentDiffusion:
         self, x_t: Tensor, t: Tensor, context: Context, uncond: Context, guidance_scale: float
     ) -> Tensor:
         """Return the prediction by classifier-free guidance (Ho & Salimans 2021): pushed away from
-        the one for `uncond`, the empty prompt. Scale 1 is no guidance. Both run as one batch.
+        the one for `uncond`, the negative prompt. Scale 1 is no guidance. Both run as one batch.
         """
         if guidance_scale == 1:
             return self.unet(x_t, t, context).float()

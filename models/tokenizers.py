@@ -11,26 +11,29 @@ import gzip
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import groupby, pairwise
 from pathlib import Path
 
 VOCAB = Path(__file__).parent / "vocab"
 Placeholders = Mapping[str, Sequence[int]]  # {"<cat>": its V consecutive ids}
+Tokens = list[tuple[int, float]]  # ids with their weights
+BREAK = -1  # the id that ends a chunk
 nfc = partial(unicodedata.normalize, "NFC")  # Unicode's form in which names are compared
 
 
 def any_of(words: Iterable[str]) -> str:
-    """Return a pattern with one group for any of the words, the longest first, each only where it
-    stands by itself: "my-cat" is not found in "my-cats"."""
+    """Return a pattern for any of the words, the longest first, each only where it stands by
+    itself: "my-cat" is not found in "my-cats"."""
 
     def whole(word: str) -> str:
         before = r"(?<!\w)" if re.match(r"\w", word) else ""
         after = r"(?!\w)" if re.search(r"\w$", word) else ""
         return before + re.escape(word) + after
 
-    return "(" + "|".join(map(whole, sorted(words, key=len, reverse=True))) + ")"
+    return f"(?:{'|'.join(map(whole, sorted(words, key=len, reverse=True))) or '(?!)'})"
 
 
 def is_one_word(placeholder: str) -> bool:
@@ -39,7 +42,8 @@ def is_one_word(placeholder: str) -> bool:
 
 
 class Tokenizer:
-    """The base of both tokenizers. Subclasses define `tokenize` and the special ids."""
+    """The base of both tokenizers. Subclasses define the special ids, and `tokenize`: ids of a text
+    without placeholders, without start and end."""
 
     ids: dict[str, int]  # every token of the vocabulary
     vocab_size: int
@@ -51,16 +55,10 @@ class Tokenizer:
     def __init__(self, max_length: int):
         self.max_length = max_length
 
-    def tokenize(self, text: str) -> list[int]:
-        """Return the ids of a text without placeholders, without start and end."""
-        raise NotImplementedError
-
     def token_ids(self, text: str, placeholders: Placeholders = {}) -> list[int]:
         """Return all ids of a text, placeholders expanded, without start and end, not cut off."""
-        if not placeholders:
-            return self.tokenize(text)
         ids: list[int] = []
-        for piece in re.split(any_of(placeholders), nfc(text)):
+        for piece in re.split(f"({any_of(placeholders)})", nfc(text)):
             ids += placeholders[piece] if piece in placeholders else self.tokenize(piece)
         return ids
 
@@ -74,6 +72,25 @@ class Tokenizer:
 
     def pad(self, ids: list[int]) -> list[int]:
         return ids + [self.pad_id] * (self.max_length - len(ids))
+
+    def chunks(self, tokens: Tokens, placeholders: Placeholders) -> list[Tokens]:
+        """Return a prompt in chunks of `max_length` less 2 tokens, which CLIP encodes one by one.
+
+        As in A1111's web UI a full chunk ends at the last comma, if that is one of its last 20
+        tokens. The vectors of a learnt word are not torn apart."""
+        room, comma = self.max_length - 2, self.ids.get(",</w>")
+        sizes = {ids[0]: len(ids) for ids in placeholders.values()}
+        chunks: list[Tokens] = [[]]
+        for i, weight in tokens:
+            if len(chunk := chunks[-1]) == room and i not in (comma, BREAK):
+                recent = range(max(0, room - 20), room)
+                cut = max((k + 1 for k in recent if chunk[k][0] == comma), default=room)
+                chunks[-1:] = [chunk[:cut], chunk[cut:]]
+            if i == BREAK or (chunks[-1] and len(chunks[-1]) + sizes.get(i, 1) > room):
+                chunks.append([])
+            if i != BREAK:
+                chunks[-1].append((i, weight))
+        return chunks if chunks[-1] or not chunks[1:] else chunks[:-1]
 
 
 # ------------------------------------------------------------------------------------ WordPiece
@@ -247,60 +264,90 @@ class CLIPTokenizer(Tokenizer):
 # turned down by "prompt re-weighting"):
 #     a (word)       1.1 times as strong          a [word]      weaker by the same factor
 #     a (word:1.3)   1.3 times; brackets nest     a \(word\)    plain brackets
+#     BREAK          the next chunk of 75 tokens begins here
+# ComfyUI's "embedding:cat" is the word cat or <cat>, also with the ending of its file.
 # `LatentDiffusion.encode_prompts` applies the weights to the text encoder's output.
 BRACKET = 1.1
-PROMPT_PARTS = re.compile(
-    r"\\[()\[\]\\]?"  # an escaped bracket or backslash; a backslash alone is dropped
-    r"|[(\[]"
-    r"|:\s*[+-]?[.\d]+\s*\)"  # the number that a round bracket may end with
-    r"|[)\]:]"
-    r"|[^\\()\[\]:]+"
+PROMPT_PARTS = (
+    r"|(?P<network><(?:lora|lyco|hypernet):[^<>]*>)"  # A1111's call of another network
+    r"|(?P<name>\bembedding:[^\s,:()\[\]]+|<[^<>\s]+>)"
+    r"|(?P<escaped>\\[()\[\]\\]?)"  # a bracket or backslash; a backslash alone is dropped
+    r"|(?P<open>[(\[])|(?P<end>(?::\s*[^\s\\()\[\]:|]+\s*)?[)\]])"  # ":1.2)", or just ")"
+    r"|(?P<BREAK>\bBREAK\b)|(?P<text>(?s:.))"
 )
+Pieces = list[tuple[str | None, float]]  # texts, None for BREAK, with their weights
 
 
-def split_weights(prompt: str) -> list[tuple[str, float]]:
+def split_weights(prompt: str, words: Collection[str] = ()) -> Pieces:
     """Return the prompt as pieces of text with one weight each, brackets and escapes resolved.
 
     A bracket that is never closed reaches to the end; one that was never opened is plain text.
+    words: the learnt ones, which are read before anything else. Warns of what is not supported.
     Raises ValueError for a weight that is no number, or too large for one.
     """
-    pieces: list[tuple[str, float]] = []
+    pieces: Pieces = []
     opened: dict[str, list[int]] = {"(": [], "[": []}  # where in `pieces` each one begins
 
     def close(bracket: str, factor: float) -> None:
         first = opened[bracket].pop()
         pieces[first:] = [(text, weight * factor) for text, weight in pieces[first:]]
 
-    for part in PROMPT_PARTS.findall(nfc(prompt)):
-        if part in opened:
+    for match in re.finditer(f"(?P<word>{any_of(words)}){PROMPT_PARTS}", nfc(prompt)):
+        part, kind = match[0], match.lastgroup
+        bracket = {")": "(", "]": "["}.get(part[-1])
+        if kind == "open":
             opened[part].append(len(pieces))
-        elif part == "]" and opened["["]:
-            close("[", 1 / BRACKET)
-        elif part == ")" and opened["("]:
-            close("(", BRACKET)
-        elif part[0] == ":" and part[-1] == ")" and opened["("]:
-            try:
-                close("(", float(part[1:-1]))
-            except ValueError:
-                raise ValueError(
-                    f"{prompt[:80]!r}: {part[1:-1].strip()!r} is no weight; write (word:1.2)"
-                ) from None
+        elif kind == "end" and opened[bracket]:
+            inside = "".join(text or "" for text, _ in pieces[opened[bracket][-1] :])
+            text, factor = bracket_end(inside, part, words)
+            pieces.append((text, 1.0))
+            close(bracket, factor)
         else:
-            pieces.append((part[1:] if part[0] == "\\" else part, 1.0))
+            pieces.append((plain_text(part, kind, words), 1.0))
     for bracket, factor in (("(", BRACKET), ("[", 1 / BRACKET)):
         while opened[bracket]:
             close(bracket, factor)
     if not all(math.isfinite(weight) for _, weight in pieces):
         raise ValueError(f"{prompt[:80]!r}: a weight is too large; the useful ones are 0.5 to 1.5")
-    runs = groupby(pieces, key=lambda piece: piece[1])
-    return [("".join(text for text, _ in run), weight) for weight, run in runs]
+    runs = groupby(pieces, key=lambda piece: (piece[0] is None, piece[1]))
+    return [(None if end else "".join(t for t, _ in run), weight) for (end, weight), run in runs]
 
 
-def escape(text: str) -> str:
-    """Return the text with its brackets escaped, so that they are read as plain text."""
-    return re.sub(r"([()\[\]\\])", r"\\\1", text)
+def bracket_end(inside: str, end: str, words: Collection[str]) -> tuple[str, float]:
+    """Return the text and the factor with which a bracket ends: "", 1.2 for ":1.2)", but ":D", 1.1
+    for ":D)". inside: the text in the bracket.
+
+    Raises ValueError for a weight that is no number. Meant as a weight are digits with a comma or
+    several points, unless they follow another number, and what follows a learnt word's colon.
+    """
+    given = end[1:-1].strip()
+    number = re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", given)
+    if end[-1] == "]":
+        if number or "|" in inside:
+            change = f"[{inside}{end} would change while drawing, which is not supported"
+            warnings.warn(f"{change}; it is read as plain text in a bracket")
+        return end[:-1], 1 / BRACKET
+    digits = re.fullmatch(r"[+-]*[\d.,]*\d[\d.,]*", given) and not re.search(r"\b[\d.,]+$", inside)
+    follows = re.search(f"({any_of(words)}|>)$", inside) and re.match(r":\S*\w", end)
+    if not number and (digits or follows):
+        raise ValueError(f"({inside[-60:]}{end}: {given!r} is no weight; write (word:1.2)")
+    return ("", float(given)) if number else (end[:-1], BRACKET)
 
 
-def without_weights(prompt: str) -> str:
+def plain_text(part: str, kind: str, words: Collection[str]) -> str | None:
+    """Return the text of a part of a prompt, None for BREAK. Warns of what is no learnt word."""
+    if kind == "name":
+        names = {name: word for word in words for name in (word.strip("<>"), word)}
+        name = part.removeprefix("embedding:")
+        if word := names.get(name) or names.get(name.rpartition(".")[0]):
+            return word
+        known = ", ".join(words) or "none"
+        warnings.warn(f"{part} is no learnt word (known: {known}); it is read as plain text")
+    elif kind == "network":
+        warnings.warn(f"{part} is not supported; it is left out of the prompt")
+    return {"network": "", "BREAK": None, "escaped": part[1:]}.get(kind, part)
+
+
+def without_weights(prompt: str, words: Collection[str] = ()) -> str:
     """Return the prompt's text without brackets and weights."""
-    return "".join(text for text, _ in split_weights(prompt))
+    return "".join(" " if text is None else text for text, _ in split_weights(prompt, words))

@@ -1,7 +1,9 @@
 """The verbs as a person uses them, and every mistake in one line with exit status 2."""
 
 import csv
+import hashlib
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -360,3 +362,158 @@ def test_the_command_to_try_next_works_as_it_stands(tmp_path, capsys, monkeypatc
 def test_resume_and_overwrite_exclude_each_other(tmp_path, capsys):
     out = str(tmp_path / "m.safetensors")
     assert mistake(capsys, *LEARN, "--out", out, "--resume", "--overwrite").count("--resume") == 1
+
+
+def parse_parameters(text: str) -> tuple[str, str, dict[str, str]]:
+    """Prompt, negative prompt and settings as A1111 reads them: the last line is "label: value"
+    pairs, a value with commas or colons is a JSON string."""
+    *lines, last = text.split("\n")
+    start = next((i for i, x in enumerate(lines) if x.startswith("Negative prompt:")), len(lines))
+    negative = "\n".join(lines[start:]).removeprefix("Negative prompt:").strip()
+    pairs = re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last)
+    values = {label: json.loads(v) if v.startswith('"') else v for label, v in pairs}
+    return "\n".join(lines[:start]), negative, values
+
+
+@pytest.mark.parametrize(
+    "prompt, negative",
+    [
+        ("a (cat:1.2), Steps: 9", ""),
+        ("several\nlines, of: text", "ugly, (bad:1.3)\nworse"),
+        ("ein Löwe 고양이 \U0001f981", "häßlich"),
+        ("", "no prompt"),
+    ],
+)
+def test_pictures_carry_what_a1111_reads(tmp_path, prompt, negative):
+    """Latin-1 in a tEXt chunk, as that program writes it, the rest in iTXt."""
+    checkpoint = tmp_path / "my, model: v1.5.safetensors"
+    shutil.copy(TINY / "sd1" / "model.safetensors", checkpoint)
+    shutil.copy(TINY / "sd1" / "config.yaml", tmp_path)
+    draw = ["sample", prompt, "--negative", negative, "--model", str(checkpoint), "-n", "2"]
+    draw += [
+        "--steps",
+        "3",
+        "--seed",
+        "7",
+        "--size",
+        "64x32",
+        "--guidance",
+        "6.5",
+        "--device",
+        "cpu",
+    ]
+    assert textinv.main([*draw, "--singles", str(tmp_path), "--out", str(tmp_path / "g.png")]) == 0
+    digest = hashlib.sha256(checkpoint.read_bytes()[0x100000:0x110000]).hexdigest()[:8]
+    for name, seed in (("g.png", "7"), ("0000.png", "7"), ("0001.png", "8")):
+        image = Image.open(tmp_path / name)
+        assert image.text["prompt"] == prompt
+        assert json.loads(image.text["settings"])["negative"] == negative
+        found = parse_parameters(image.text["parameters"])
+        assert found[:2] == (prompt, negative)
+        assert found[2].pop("Sampler")
+        assert found[2] == {
+            "Steps": "3",
+            "CFG scale": "6.5",
+            "Seed": seed,
+            "Size": "64x32",
+            "Model hash": digest,
+            "Model": "my, model: v1.5",
+            "Clip skip": "1",
+        }
+        latin = all(ord(c) < 256 for c in prompt + negative)
+        assert (b"tEXtparameters" in (tmp_path / name).read_bytes()) == latin
+
+
+def test_models_without_a_file_of_their_own_have_no_hash(tmp_path):
+    for model in ([], ["--model", str(TINY / "sd1" / "diffusers")]):
+        out = tmp_path / f"{len(model)}.png"
+        draw = ["sample", "a", "b", "--steps", "1", "-n", "1", "--out", str(out), "--size", "64"]
+        assert textinv.main([*draw, *model]) == 0
+        prompt, _, values = parse_parameters(Image.open(out).text["parameters"])
+        assert prompt == "a\nb" and values["Model"] == ("diffusers" if model else "emoji")
+        assert ("Model hash" in values) == (not model)  # the bundled one is a file
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_prompts_come_from_a_file(tmp_path, mark, capsys):
+    file, out = tmp_path / "p.txt", tmp_path / "g.png"
+    file.write_bytes(mark + "a cat\r\n\r\n \t\nein Löwe\n".encode())
+    draw = ["--prompts", str(file), "-n", "1", "--steps", "1", "--device", "cpu", "--overwrite"]
+    for given in ([], ["first", "second"]):
+        assert textinv.main(["sample", *given, *draw, "--out", str(out)]) == 0
+        prompts = Image.open(out).text["prompt"].split("\n")
+        assert prompts == [*given, "a cat", "ein Löwe"]
+    assert textinv.main(["sample", *draw, "--out", str(out), "last"]) == 0
+    assert Image.open(out).text["prompt"].split("\n") == ["last", "a cat", "ein Löwe"]
+
+
+def test_no_prompts_are_said_before_the_model_is_loaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(textinv, "load_for", None)
+    empty, other = tmp_path / "empty.txt", tmp_path / "latin.txt"
+    empty.write_text("\n \n")
+    other.write_bytes("Löwe\n".encode("latin-1"))
+    for given in ([], ["--prompts", empty]):
+        said = mistake(capsys, "sample", *given, "--out", tmp_path / "g.png")
+        assert "give PROMPT in quotes, or --prompts FILE" in said
+    assert "save it as UTF-8" in mistake(capsys, "sample", "--prompts", other)
+    assert "nowhere.txt" in mistake(capsys, "sample", "a", "--prompts", tmp_path / "nowhere.txt")
+
+
+def test_words_of_the_negative_prompt_count(word, tmp_path, capsys):
+    draw = ["sample", "a cat", "--concept", word, "-n", "1", "--steps", "1", "--device", "cpu"]
+    draw += ["--out", str(tmp_path / "g.png"), "--overwrite"]
+    assert textinv.main([*draw, "--negative", "(<m>:1.2), <n>"]) == 0
+    said = capsys.readouterr().err
+    assert "no prompt uses it" not in said and said.count("<n> is no learnt word") == 1
+    assert textinv.main([*draw, "--negative", "ugly"]) == 0
+    assert "<m> was loaded, but no prompt uses it" in capsys.readouterr().err
+    assert textinv.main([*draw, "--negative", "embedding:m"]) == 0
+    assert "note" not in capsys.readouterr().err
+    assert "'1,2' is no weight" in mistake(capsys, *draw, "--negative", "(<m>:1,2)")
+
+
+def test_clip_skip_is_remembered(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "w.safetensors"
+    learn = [*LEARN, "--preview-every", "0", "--out", str(out), "--size", "32"]
+    learn += ["--model", str(TINY / "sd1" / "model.safetensors"), "--batch-size", "1"]
+    assert textinv.main([*learn, "--steps", "1", "--clip-skip", "2"]) == 0
+    said = capsys.readouterr().out
+    assert textinv.load_concept(out).metadata["clip_skip"] == "2"
+    assert "--clip-skip 2" in said
+    assert "clip_skip 2, now it is 1" in mistake(capsys, *learn, "--steps", "2", "--resume")
+    assert textinv.main([*learn, "--steps", "2", "--clip-skip", "2", "--resume"]) == 0
+    draw = ["sample", "a <w>", "--concept", str(out), "--rename", "w.safetensors=<w>", "--device"]
+    draw += ["cpu", "--steps", "1", "-n", "1", "--size", "32", "--overwrite"]
+    draw += ["--out", str(tmp_path / "g.png"), "--model", str(TINY / "sd1" / "model.safetensors")]
+    capsys.readouterr()
+    assert textinv.main(draw) == 0
+    assert "<w> was learnt with clip skip 2; add --clip-skip 2" in capsys.readouterr().err
+    first = (tmp_path / "g.png").read_bytes()
+    assert textinv.main([*draw, "--clip-skip", "2"]) == 0
+    assert "clip" not in capsys.readouterr().err
+    assert first != (tmp_path / "g.png").read_bytes()
+    values = parse_parameters(Image.open(tmp_path / "g.png").text["parameters"])[2]
+    assert values["Clip skip"] == "2"
+    assert "use 2 with some SD 1 models" in mistake(capsys, "sample", "a", "--clip-skip", "2")
+
+
+def test_show_prompts_in_chunks_with_their_weights(capsys):
+    show = [
+        "show",
+        "--model",
+        str(TINY / "sd1" / "model.safetensors"),
+        "--device",
+        "cpu",
+        "--prompt",
+    ]
+    assert textinv.main([*show, "a (a:1.5) BREAK a"]) == 0
+    tokens = [line.split(None, 1)[1] for line in capsys.readouterr().out.splitlines()[1:]]
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    assert tokens == [start, "a</w>", "a</w> x 1.50", end, start, "a</w>", end]
+    assert textinv.main([*show, "a " * 160]) == 0
+    said = capsys.readouterr()
+    assert said.out.count(start) == 3 and said.out.count(" a</w>\n") == 160 and not said.err
+    assert textinv.main([*show, "[a:b:0.5] <lora:x:1> (embedding:y:1.2)"]) == 0
+    said = capsys.readouterr().err
+    assert said.count("note: ") == 3 and "embedding:y is no learnt word" in said
+    assert "'1,2' is no weight" in mistake(capsys, *show, "(<cat>:1,2)")

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 from models.tokenizers import (
+    BREAK,
     VOCAB,
     CLIPTokenizer,
     Tokenizer,
     WordPieceTokenizer,
-    escape,
     split_weights,
     without_weights,
 )
@@ -238,9 +238,8 @@ def test_weights_of_characters(prompt):
     np.testing.assert_allclose([w for _, w in ours], [w for _, w in theirs], rtol=1e-12)
 
 
-def test_escaped_text_comes_back():
-    text = r"a (b) [c] \d: (e:1.2)"
-    assert split_weights(escape(text)) == [(text, 1.0)]
+def test_escaped_text_is_plain():
+    assert split_weights(r"a \(b\) \[c\] \\d: \(e:1.2\)") == [(r"a (b) [c] \d: (e:1.2)", 1.0)]
     assert without_weights("a (b:2) [c]") == "a b c"
 
 
@@ -253,3 +252,132 @@ def test_weights_without_bound_are_said(prompt):
 def test_a_weight_that_is_no_number_is_said():
     with pytest.raises(ValueError, match="'1.2.3' is no weight"):
         split_weights("a (cat:1.2.3)")
+
+
+WORDS = ("<cat>", "[V]", "<dog:1>", "<lora:x:1>", "my-cat", "[a:b:0.5]", "BREAK")
+
+
+@pytest.mark.parametrize(
+    "prompt, weight",
+    [
+        ("a (<cat>:1,2)", "1,2"),
+        ("(<cat>: 1,2), b", "1,2"),
+        ("([V]:abc)", "abc"),
+        ("((my-cat:high))", "high"),
+        ("(<dog:1>:120%)", "120%"),
+        ("(<unknown>:strong)", "strong"),
+        ("(a cat:-1,5)", "-1,5"),
+        ("(cat2:1..2)", "1..2"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_meant_as_a_weight_and_is_none_is_an_error(prompt, weight):
+    with pytest.raises(ValueError, match=f"'{weight}' is no weight; write"):
+        split_weights(prompt, WORDS)
+
+
+@pytest.mark.parametrize(
+    "prompt, pieces",
+    [
+        ("at 10:30, [b]", [("at 10:30, ", 1), ("b", 1 / 1.1)]),
+        ("(ratio 16:9)", [("ratio 16", 9)]),  # as AUTOMATIC1111 reads it
+        ("(1:1.85, 10:30,5)", [("1:1.85, 10:30,5", 1.1)]),
+        ("(open 10:30pm)", [("open 10:30pm", 1.1)]),
+        ("(a: b)", [("a: b", 1.1)]),
+        ("(<cat>: asleep)", [("<cat>: asleep", 1.1)]),
+        ("(style:anime)", [("style:anime", 1.1)]),
+        ("(smile :))", [("smile :", 1.1), (")", 1)]),
+        ("(smile :D) :-)", [("smile :D", 1.1), (" :-)", 1)]),
+        ("(wait:...)", [("wait:...", 1.1)]),
+        ("(<cat>:0)", [("<cat>", 0)]),
+        (r"\(<cat>:abc\) \\", [("(<cat>:abc) \\", 1)]),
+        ("(a: 0.5 )(b:+.5)", [("ab", 0.5)]),
+        ("a | b", [("a | b", 1)]),
+        ("", []),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_ordinary_text_is_neither_an_error_nor_a_note(prompt, pieces):
+    assert split_weights(prompt, WORDS) == pieces
+
+
+@pytest.mark.filterwarnings("error")
+def test_learnt_words_win_over_any_other_syntax():
+    prompt = " ".join(WORDS)
+    assert split_weights(prompt, WORDS) == [(prompt, 1)]
+    weighted = " ".join(f"({word}:1.5)" for word in WORDS)
+    assert [p for p in split_weights(weighted, WORDS) if p != (" ", 1)] == [
+        (word, 1.5) for word in WORDS
+    ]
+
+
+@pytest.mark.parametrize("name", ["<cat>", "cat", "cat.pt", "cat.safetensors", "<cat>.bin"])
+@pytest.mark.filterwarnings("error")
+def test_comfyuis_name_of_a_word(name):
+    assert split_weights(f"a (embedding:{name}:1.2)", WORDS) == [("a ", 1), ("<cat>", 1.2)]
+    assert split_weights(f"embedding:{name}, b", WORDS) == [("<cat>, b", 1)]
+    assert split_weights(f"[embedding:{name}]", ["<cat>"]) == [("<cat>", 1 / 1.1)]
+
+
+@pytest.mark.parametrize(
+    "prompt, note, text",
+    [
+        ("a <lora:x y:0.8>b", "<lora:x y:0.8> is not supported; it is left out", "a b"),
+        ("<hypernet:x:1>", "<hypernet:x:1> is not supported", ""),
+        ("[a:b:0.5]", "[a:b:0.5] would change while drawing, which is not supported", "a:b:0.5"),
+        ("x [<cat>: 10 ]", "[<cat>: 10 ] would change", "x <cat>: 10 "),
+        ("[a|<cat>]", "[a|<cat>] would change", "a|<cat>"),
+        ("embedding:dog, b", "embedding:dog is no learnt word (known: <cat>)", "embedding:dog, b"),
+        ("a <dog>", "<dog> is no learnt word (known: <cat>); it is read as plain text", "a <dog>"),
+    ],
+)
+def test_what_is_not_supported_is_noted(prompt, note, text):
+    with pytest.warns(UserWarning) as notes:
+        assert without_weights(prompt, ["<cat>"]) == text
+    assert len(notes) == 1 and note in str(notes[0].message)
+
+
+def chunked(units: list, room: int = 75) -> list[list]:
+    """A1111's rule restated. A unit is (ids of a word's vectors or of one token, is it a comma), or
+    None for BREAK."""
+    chunks, rest = [], units
+    while rest or not chunks:
+        fits, size = 0, 0
+        while fits < len(rest) and rest[fits] and size + len(rest[fits][0]) <= room:
+            size += len(rest[fits][0])
+            fits += 1
+        if fits < len(rest) and rest[fits] and size == room and not rest[fits][1]:
+            starts = np.cumsum([0] + [len(ids) for ids, _ in rest[:fits]])
+            commas = [k for k in range(fits) if rest[k][1] and room - starts[k] <= 20]
+            fits = commas[-1] + 1 if commas else fits
+        chunks.append([i for ids, _ in rest[:fits] for i in ids])
+        rest = rest[fits + (fits < len(rest) and rest[fits] is None) :]
+    return chunks
+
+
+def test_long_prompts_are_cut_into_chunks_as_a1111_does():
+    ours, draw = tokenizer("sd1"), random.Random(0)
+    first = ours.vocab_size
+    words = {"<a>": range(first, first + 1), "<b>": range(first + 1, first + 17)}
+    comma = ours.ids[",</w>"]
+    for _ in range(300):
+        weights = (50, draw.randint(0, 5), 3, 1, 0.5)
+        kinds = draw.choices(("x", ",", "<a>", "<b>", "BREAK"), weights, k=250)
+        units: list = []
+        for kind in kinds[: draw.choice((0, 1, 74, 75, 76, 250))]:
+            ids = words.get(kind, [comma if kind == "," else draw.randrange(260)])
+            units.append(None if kind == "BREAK" else ([*ids], kind == ","))
+        tokens = [(i, 1.0) for unit in units for i in (unit[0] if unit else [BREAK])]
+        found = [[i for i, _ in chunk] for chunk in ours.chunks(tokens, words)]
+        expected = chunked(units)
+        assert found == expected or (units[-1:] == [None] and found == expected[:-1])
+
+
+def test_a_word_is_not_torn_by_the_end_of_a_chunk():
+    ours = tokenizer("sd1")
+    word = {"<cat>": range(ours.vocab_size, ours.vocab_size + 8)}
+    x, new = [(320, 1.0)] * 70, [(i, 1.2) for i in word["<cat>"]]
+    assert ours.chunks(x + new + x, word) == [x, new + x[:67], x[67:]]
+    huge = {"<cat>": range(ours.vocab_size, ours.vocab_size + 80)}  # does not fit into any
+    new = [(i, 1.0) for i in huge["<cat>"]]
+    assert ours.chunks(x + new, huge) == [x, new[:75], new[75:]]
