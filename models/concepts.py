@@ -176,10 +176,9 @@ def word_file(path: Path) -> Path:
             words += [file] * bool(load_concepts(file))
     if len(found := words or found) == 1:
         return found[0]
-    names = ", ".join([p.name for p in found or sorted(path.iterdir())][:9]) or "nothing"
-    raise CheckpointError(
-        f"{path}: a folder with {names}; give the one file of a word (a model goes to --model)"
-    )
+    names = ", ".join([p.name for p in found or sorted(path.iterdir())][:9]) or "no files"
+    what = "several words" if words else "no word"
+    raise CheckpointError(f"{path}: {what} there ({names}); give a word's file (a model: --model)")
 
 
 def both_files(path: Path) -> list[Path]:

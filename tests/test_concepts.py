@@ -462,8 +462,22 @@ def test_a_folder_with_one_word_among_other_files(tmp_path):
     write_png(tmp_path / "cat.png", "x", "comment")
     assert read_one(tmp_path).placeholder == "cat_emb"
     torch.save({"emb_params": vectors(1)}, tmp_path / "dog.pt")
-    refused(tmp_path, r"cat_emb.safetensors, dog.pt; give the one file of a word")
-    refused(TINY / "sd1/diffusers", "model_index.json.*a model goes to --model")
+    refused(tmp_path, r"several words there \(cat_emb.safetensors, dog.pt\); give a word's file")
+    refused(TINY / "sd1/diffusers", r"no word there \(model_index.json.*\(a model: --model\)")
+
+
+def test_a_run_that_writes_a_pt_resumes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cat").mkdir()
+    Image.effect_noise((64, 64), 50).convert("RGB").save("cat/1.png")
+    learn = ["invert", "cat", "--init-word", "cat", "--batch-size", "1", "--preview-every", "0"]
+    learn += ["--device", "cpu", "--placeholder", "<cat>"]
+    assert textinv.main([*learn, "--steps", "2", "--out", "whole.pt"]) == 0
+    for steps in ("1", "2"):
+        assert textinv.main([*learn, "--steps", steps, "--out", "w.pt", "--resume"]) == 0
+    assert same_bits(read_one("w.pt").vectors, read_one("whole.pt").vectors)
+    assert as_a1111_picks(torch.load("w.pt")).shape == (1, 192)
+    assert (read_one("w.pt").placeholder, torch.load("w.pt")["name"]) == ("w", "<cat>")
 
 
 # ------------------------------------------------------------------------------ read by others
@@ -843,5 +857,5 @@ def test_what_is_no_word_at_all(content, match, tmp_path):
 
 
 def test_folders_and_nothing(tmp_path):
-    refused(tmp_path, "a folder with nothing; give the one file")
+    refused(tmp_path, r"no word there \(no files\); give a word's file")
     refused(tmp_path / "missing.pt", "no such file or folder")
