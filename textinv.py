@@ -714,20 +714,19 @@ def show_words(concepts: Sequence[Concept], model: LatentDiffusion) -> None:
     low, middle, high = table.norm(dim=1).quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
     for concept in concepts:
         count, width = concept.vectors.shape
-        print(f"{concept.placeholder}: {count} vector(s) of {width} numbers")
+        other = f", but this model's words have {table.shape[1]}" * (width != table.shape[1])
+        print(f"{concept.placeholder}: {count} vector(s) of {width} numbers{other}")
         for key, value in concept.metadata.items():
             print(f"  {key}: {value if len(value) < 200 else value[:200] + '...'}")
         for vector in concept.vectors:
             line = f"  norm {vector.norm():.3f} (words here: {low:.3f}, {middle:.3f}, {high:.3f})"
-            if width == table.shape[1]:
+            if not other:
                 near = F.cosine_similarity(vector[None], table).topk(5)
                 pairs = zip(near.indices.tolist(), near.values.tolist())
                 line += (
                     f"; nearest: {', '.join(f'{model.token_text(i)} {c:.2f}' for i, c in pairs)}"
                 )
             print(line)
-        if width != table.shape[1]:
-            print(f"  learnt with another model: this one's words have {table.shape[1]} numbers")
         model.warn_of_another_model(concept)
 
 

@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -49,8 +50,7 @@ PART = re.compile(
     r"|(clip_g|text_encoders_1))"
 )
 LORA = r"(^|[._])(lora|lycoris)[._].*\.(weight|alpha|(hada|lokr|oft)_\w+)$"
-STAR = {1280: 1008}  # the id of "*" by width: BERT's in LDM,
-CLIP_STAR = 265  # and CLIP's elsewhere
+STAR, BERT_STAR = 265, 1008  # the id of "*" in CLIP's tokenizer and in BERT's
 A1111_KEYS = dict(steps="step", base_model_hash="sd_checkpoint", base_model="sd_checkpoint_name")
 EXPECTED = (
     "expected a learnt word (.safetensors, .pt, .bin or .png) as the paper's code, A1111, "
@@ -65,6 +65,7 @@ REFUSED = {  # pattern of a key in the file: what that file is
 # Control characters, line separators, text that runs backwards, halves of characters. No wider
 # than that: str.isprintable would also refuse what joins an emoji, and so rename the word.
 HARMFUL = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+clean = partial(HARMFUL.sub, "?")
 
 
 @dataclass
@@ -157,19 +158,15 @@ def words_in(files: Sequence[str], renames: Sequence[str]) -> list[Concept]:
     return concepts
 
 
-def clean(text: str) -> str:
-    return HARMFUL.sub("?", text)
-
-
 def word_file(path: Path) -> Path:
     """Return the file of the word in a folder: the newest that diffusers' script wrote, else the
     only one that is a word. Return a file as it is."""
     if not path.is_dir():
         return path
     found = sorted(p for p in path.iterdir() if p.suffix.lower() in READ)
-    names = {p: re.fullmatch(r"learned_embeds(?:-steps-(\d+))?", p.stem) for p in found}
-    if steps := {p: float(name[1] or "inf") for p, name in names.items() if name}:
-        return max(steps, key=lambda p: (steps[p], p.suffix == ".safetensors"))
+    learned = [p for p in found if re.fullmatch(r"learned_embeds(-steps-\d+)?", p.stem)]
+    if learned:  # without a number the last, else that of the most steps
+        return max(learned, key=lambda p: ("-" not in p.stem, len(p.stem), p.stem, p.suffix))
     words = []
     for file in found:
         with suppress(CheckpointError):
@@ -316,11 +313,11 @@ def encode_concept(
     elif suffix == ".safetensors":
         content = {placeholder if format == "diffusers" else format: vectors}
     elif format == "paper":
-        token = torch.tensor(STAR.get(vectors.shape[1], CLIP_STAR))
+        token = torch.tensor(BERT_STAR if vectors.shape[1] == 1280 else STAR)
         parameters = nn.ParameterDict({"*": nn.Parameter(vectors)})
         content = {"string_to_token": {"*": token}, "string_to_param": parameters}
     else:
-        content = {"string_to_token": {"*": CLIP_STAR}, "string_to_param": {"*": vectors}}
+        content = {"string_to_token": {"*": STAR}, "string_to_param": {"*": vectors}}
         content |= {"name": placeholder}
         content |= {theirs: metadata.get(ours) for ours, theirs in A1111_KEYS.items()}
         content["step"] = int(steps) if (steps := content["step"] or "").isdecimal() else None
