@@ -633,6 +633,7 @@ def run_sample(args: argparse.Namespace) -> None:
         if free_target(path, args.overwrite).resolve() == out.resolve():
             raise ValueError(f"--out {out} is also a picture of --singles; write it elsewhere")
     concepts, model = words_for(args, [*prompts, args.negative]), load_for(args)
+    model.check_concepts(concepts)
     _, steps, title = sampler_of(args.sampler, args.steps)
     settings = dict(sampler=args.sampler, steps=steps, eta=args.eta, seed=args.seed)
     settings |= dict(size=args.size or (model.size, model.size), negative=args.negative)

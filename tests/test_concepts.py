@@ -671,7 +671,8 @@ def test_another_model_on_the_command_line(tmp_path, capsys, monkeypatch):
         for model, notes in (("base", 0), ("tuned", 1)):
             options = ["--model", f"{model}.safetensors", "--device", "cpu"]
             assert textinv.main([*verb, *options]) == 0
-            said = [line for line in capsys.readouterr().err.splitlines() if f"{word} was" in line]
+            lines = capsys.readouterr().err.splitlines()
+            said = [line for line in lines if line.startswith(f"note: {word} was")]
             assert len(said) == notes, said
             assert not notes or ("with base.safetensors" in said[0] and ": tuned.saf" in said[0])
 
