@@ -26,7 +26,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -460,8 +460,9 @@ class Parser(argparse.ArgumentParser):
 
 def exit_status(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> int:
     """Run what the arguments ask for; return 0, or 2 with one line on standard error for a user's
-    mistake, or 130 after Ctrl-C. Warnings become notes."""
-    warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
+    mistake, or 130 after Ctrl-C. Warnings become notes, each said once."""
+    say = cache(lambda text: print(f"note: {text}", file=sys.stderr))
+    warnings.showwarning = lambda message, *_: say(str(message))
     try:
         args = parser.parse_args(argv)
         return args.run(args) or 0
@@ -682,6 +683,7 @@ def run_show(args: argparse.Namespace) -> None:
     if not (args.word_file or args.prompt or args.model):
         raise ValueError("nothing to show; give --word FILE, --model PATH or --prompt TEXT")
     words = words_in([*args.concept, *filter(None, [args.word_file])], args.rename)
+    without_weights(args.prompt or "", [w.placeholder for w in words])  # raises for a faulty weight
     model = load_for(args)
     if args.prompt:
         show_prompt(args.prompt, words, model)

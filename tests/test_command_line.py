@@ -497,7 +497,7 @@ def test_clip_skip_is_remembered(tmp_path, capsys, monkeypatch):
     assert "use 2 with some SD 1 models" in mistake(capsys, "sample", "a", "--clip-skip", "2")
 
 
-def test_show_prompts_in_chunks_with_their_weights(capsys):
+def test_show_prompts_in_chunks_with_their_weights(capsys, monkeypatch):
     show = [
         "show",
         "--model",
@@ -516,4 +516,5 @@ def test_show_prompts_in_chunks_with_their_weights(capsys):
     assert textinv.main([*show, "[a:b:0.5] <lora:x:1> (embedding:y:1.2)"]) == 0
     said = capsys.readouterr().err
     assert said.count("note: ") == 3 and "embedding:y is no learnt word" in said
+    monkeypatch.setattr(textinv, "load_for", None)
     assert "'1,2' is no weight" in mistake(capsys, *show, "(<cat>:1,2)")

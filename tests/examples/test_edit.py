@@ -173,6 +173,13 @@ def test_the_command_repaints_inside_the_mask(dog, tmp_path, capsys):
     changed = (before != after).any(-1)
     assert changed[20:44, 20:44].mean() > 0.5 and changed.sum() == changed[20:44, 20:44].sum()
     assert json.loads(Image.open(out).text["settings"])["mask"] == str(mask)
+    arguments[-1] = tmp_path / "n.png"
+    assert edit_script.main([str(a) for a in [*arguments, "--negative", "[a|b] (dog:1.2)"]]) == 0
+    assert capsys.readouterr().err.count("[a|b] would change") == 1
+    changed = Image.open(arguments[-1])
+    assert "\nNegative prompt: [a|b] (dog:1.2)\nSteps: 2, " in changed.text["parameters"]
+    assert changed.tobytes() != Image.open(out).tobytes()
+    arguments[-1] = out
     capsys.readouterr()
     assert "--overwrite" in mistake(capsys, *arguments)
     arguments[-1] = tmp_path / "c.png"
