@@ -30,10 +30,13 @@ from .unet import UNet, UNetConfig
 FAMILIES = ("ldm", "sd1", "sd2", "sdxl")
 BUNDLED = Path(__file__).parent / "emoji"
 BERT_VOCAB = Path(__file__).parent / "vocab" / "bert-base-uncased.txt"
-BETAS = (0.00085, 0.012)  # LDM text2img-large and Stable Diffusion alike
 # For SDXL, whose steps cost eight times those of Stable Diffusion 1. The published recipes of
 # diffusers and of invoke-training agree on this rate per step and on showing 2,000 pictures.
 SDXL = dict(steps=2000, batch_size=1, lr=0.002, guidance_scale=5.0)
+SAME = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "steps_offset")
+SCHEDULER = {name: name for name in SAME}  # diffusers' names of the arguments of `Schedule`
+SCHEDULER |= dict(num_train_timesteps="length", rescale_betas_zero_snr="zero_snr")
+SCHEDULER |= dict(timestep_spacing="spacing")
 REFUSED = {  # how a key begins: what the file is then
     "conditioner.embedders.0.model.": "the refiner of Stable Diffusion XL",
     "edm_": "a model trained as EDM (Playground and others)",
@@ -145,6 +148,9 @@ def read_single_file(path: Path, family: str | None) -> tuple[dict[str, Tensors]
     number = {k: int(v) for k, v in beside.items() if v.isdigit()}
     known = dict(family=family, name=path.name, prediction=beside.get("parameterization"))
     known["short_hash"] = short_hash(path)
+    # Fine-tunes say by empty tensors with these names what they are.
+    known["schedule"] = dict(zero_snr="ztsnr" in state)
+    known["prediction"] = "v" if "v_pred" in state else known["prediction"]
     if "num_head_channels" in number:
         known["attention"] = dict(heads=None, head_width=number["num_head_channels"])
     elif "num_heads" in number:
@@ -163,8 +169,6 @@ def read_single_file(path: Path, family: str | None) -> tuple[dict[str, Tensors]
         text = naming.text_from_transformers(part(text, "transformer."))
     elif family == "sdxl":
         text = naming.text_from_sdxl(part(state, "conditioner.embedders."))
-        known["zero_snr"] = "ztsnr" in state  # empty keys by which fine-tunes say what they are
-        known["prediction"] = "v" if "v_pred" in state else known["prediction"]
     else:
         text = naming.text_from_open_clip(part(text, "model."))
     return dict(unet=unet, autoencoder=autoencoder, text=text), known
@@ -190,8 +194,7 @@ def read_component(folder: Path) -> tuple[Tensors, dict]:
 
 
 def read_folder(path: Path, family: str | None) -> tuple[dict[str, Tensors], dict]:
-    """A folder of Stable Diffusion 1, 2 or XL as diffusers writes it; warns of a schedule that is
-    not the usual one."""
+    """A folder of Stable Diffusion 1, 2 or XL as diffusers writes it."""
     xl = (path / "text_encoder_2").exists()
     if xl and not (path / "text_encoder").exists():
         raise CheckpointError(f"the refiner of SDXL, which is not supported; {EXPECTED}")
@@ -201,19 +204,17 @@ def read_folder(path: Path, family: str | None) -> tuple[dict[str, Tensors], dic
     scheduler = read_json(path / "scheduler" / "scheduler_config.json")
     unet = naming.unet_from_diffusers(unet)
     linear = unet["middle_block.1.proj_in.weight"].ndim == 2
-    for key, usual in (("beta_schedule", "scaled_linear"), ("num_train_timesteps", 1000)):
-        if (value := scheduler.get(key, usual)) != usual:
-            warnings.warn(f"{path}: {key} {value} is not supported, {usual} is taken instead")
-    if str(scheduler.get("_class_name")).startswith("EDM"):
-        raise CheckpointError(f"a model trained as EDM, which is not supported; {EXPECTED}")
+    if (kind := str(scheduler.get("_class_name"))).startswith(("EDM", "FlowMatch")):
+        raise CheckpointError(f"its scheduler is {kind}, which is not supported; {EXPECTED}")
     kind = scheduler.get("prediction_type")
     root = path.parent.parent  # of a repository in Hugging Face's cache
     known = dict(
         family=family or ("sdxl" if xl else "sd2" if linear else "sd1"),
         name=(root if root.name.startswith("models--") else path).name,
         prediction={"epsilon": "eps", "v_prediction": "v"}.get(kind, kind),
-        betas=(scheduler.get("beta_start", BETAS[0]), scheduler.get("beta_end", BETAS[1])),
-        zero_snr=bool(scheduler.get("rescale_betas_zero_snr")),
+        schedule={
+            SCHEDULER[k]: v for k, v in scheduler.items() if k in SCHEDULER and v is not None
+        },
         text_heads=text_config.get("num_attention_heads"),
         groups=[c.get("norm_num_groups", 32) for c in (config, autoencoder_config)],
         scale_factor=float(autoencoder_config.get("scaling_factor", 0.13025 if xl else 0.18215)),
@@ -322,8 +323,7 @@ def assemble(
     dtype: torch.dtype,
     family: str,
     prediction: str | None,
-    betas: tuple[float, float] = BETAS,
-    zero_snr: bool = False,
+    schedule: dict,  # of how the noise grows: arguments of `Schedule`
     attention: dict | None = None,  # the UNet's: its number of heads, or the channels in each
     text_heads: int | tuple[int | None, int | None] | None = None,  # a pair for SDXL
     groups: tuple[int, int] = (32, 32),  # of the UNet's and the autoencoder's GroupNorm
@@ -357,18 +357,26 @@ def assemble(
         filled(Autoencoder, autoencoder_sizes, parts["autoencoder"], autoencoder_dtype, device),
         text_encoder,
         load_tokenizer(family, text_encoder.config, vocabulary),
-        Schedule(*betas, prediction or ("v" if zero_snr else "eps"), zero_snr=zero_snr),
+        schedule_of(prediction or ("v" if schedule.get("zero_snr") else "eps"), schedule),
         family,
         fingerprint=fingerprint(unet),
         stored=str(stored).removeprefix("torch."),
         **about,
     )
     if family in ("sd2", "sdxl") and not prediction:  # there are both, with the same keys
-        model.schedule = Schedule(*betas, measure_prediction(model), zero_snr=zero_snr)
+        model.schedule = schedule_of(measure_prediction(model), schedule)
     if "size" not in about:
         large = 768 if family == "sd2" and model.schedule.prediction == "v" else 512
         model.size = 256 if family == "ldm" else large
     return model
+
+
+def schedule_of(prediction: str, options: dict) -> Schedule:
+    """Return the noise schedule; `CheckpointError` for one that is not supported."""
+    try:
+        return Schedule(prediction=prediction, **options)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def filled(kind: type[nn.Module], config, state: Tensors, dtype, device) -> nn.Module:

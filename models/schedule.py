@@ -6,12 +6,13 @@
 [4] Lin et al. 2024, "Common Diffusion Noise Schedules and Sample Steps are Flawed"
 [5] Lu et al. 2022, "DPM-Solver++" (2M: second order, from the last two predictions)
 [6] Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models"
+[7] Nichol & Dhariwal 2021, "Improved Denoising Diffusion Probabilistic Models"
 
 A sampler is a loop over steps, and a row of SAMPLERS at the end.
 """
 
-from collections.abc import Callable, Iterator
-from math import log
+from collections.abc import Callable, Iterator, Sequence
+from math import log, pi
 
 import torch
 from torch import Tensor
@@ -20,33 +21,59 @@ Predict = Callable[[Tensor, Tensor], Tensor]  # (x_t, t (B,)) -> prediction of x
 Draw = Callable[[], Tensor] | None  # standard noise of x's shape, drawn once a step with eta
 
 
+def betas_of(kind: str, start: float, end: float, length: int) -> Tensor:
+    """Return betas (length,), float64, that rise as `kind` says, in the words of diffusers."""
+    if kind == "scaled_linear":  # linear in the square root, as in LDM and Stable Diffusion
+        return torch.linspace(start**0.5, end**0.5, length, dtype=torch.float64).square()
+    if kind == "linear":  # [1]
+        return torch.linspace(start, end, length, dtype=torch.float64)
+    if kind == "squaredcos_cap_v2":  # [7, eq. 17]
+        s = torch.linspace(0, 1, length + 1, dtype=torch.float64)
+        a = ((s + 0.008) / 1.008 * pi / 2).cos().square()
+        return (1 - a[1:] / a[:-1]).clamp(max=0.999)
+    raise ValueError(
+        f"beta_schedule {kind!r} is not supported; use scaled_linear, linear or squaredcos_cap_v2"
+    )
+
+
 class Schedule:
-    """Betas that rise linearly in their square root, over `length` timesteps.
+    """The share of noise at each of `length` timesteps.
 
     `prediction` says what the UNet returns: "eps", the noise [1], or "v" [3]. `zero_snr`: the last
-    timestep is noise alone [4], and sampling starts there.
+    timestep is noise alone [4], and sampling starts there. `trained_betas`: all betas, in place of
+    a rule. `spacing` ("leading", "trailing", "linspace") and `steps_offset` of the sampler's
+    timesteps are those of diffusers' schedulers.
     `alphas_cumprod` (length,) is a_t, the share of signal variance left at timestep t: float64 on
     the CPU, where every coefficient is computed before it meets a picture in float32.
     """
 
     def __init__(
         self,
-        beta_start: float,
-        beta_end: float,
+        beta_start: float = 0.00085,  # LDM text2img-large and Stable Diffusion alike
+        beta_end: float = 0.012,
         prediction: str = "eps",
         length: int = 1000,
         zero_snr: bool = False,
+        beta_schedule: str = "scaled_linear",
+        trained_betas: Sequence[float] | None = None,
+        spacing: str | None = None,
+        steps_offset: int = 1,
     ):
         if prediction not in ("eps", "v"):
             raise ValueError(f"prediction type {prediction!r} is not known; use 'eps' or 'v'")
         if zero_snr and prediction == "eps":
             raise ValueError("noise alone does not tell a picture from eps; use --prediction v")
+        if spacing not in (None, "leading", "trailing", "linspace"):
+            raise ValueError(f"timestep_spacing {spacing!r} is not supported; use leading")
         self.prediction = prediction
         self.zero_snr = zero_snr
-        self.length = length
-        self.betas = torch.linspace(
-            beta_start**0.5, beta_end**0.5, length, dtype=torch.float64
-        ).square()
+        self.spacing = spacing or ("trailing" if zero_snr else "leading")
+        self.steps_offset = steps_offset
+        if trained_betas is None:
+            self.betas = betas_of(beta_schedule, beta_start, beta_end, length)
+        else:
+            self.betas = torch.tensor(trained_betas, dtype=torch.float64)
+        self.length = len(self.betas)
         self.alphas_cumprod = torch.cumprod(1 - self.betas, dim=0)
         if zero_snr:  # [4, algorithm 1]: sqrt(a_t) shifted to end at 0, and scaled to keep a_0
             root = self.alphas_cumprod.sqrt()
@@ -100,7 +127,7 @@ class Schedule:
         return x + variance.sqrt().to(x_t) * noise
 
     def ddim_timesteps(self, steps: int) -> list[int]:
-        """`steps` timesteps, falling: 981, 961, ..., 21, 1 for 50 steps.
+        """Return `steps` timesteps, falling: 981, 961, ..., 21, 1 for 50 steps.
 
         Traps: they start at 1, not at 0, as in the paper's sampler. And they are a whole stride
         apart, which for 600 of 1000 would begin in half noise, at 600; where that cuts off more
@@ -108,12 +135,16 @@ class Schedule:
         """
         if not 1 <= steps <= self.length:
             raise ValueError(f"steps {steps} is out of range; use 1 to {self.length}")
-        if self.zero_snr:  # 999, 979, ..., 19: "trailing" [4, section 3.3]
+        if self.spacing == "trailing":  # 999, 979, ..., 19 [4, section 3.3]
             return [round(i * self.length / steps) - 1 for i in range(steps, 0, -1)]
+        if self.spacing == "linspace":  # 999, 979, ..., 20, 0
+            gap = (self.length - 1) / max(1, steps - 1)
+            return [round(i * gap) for i in reversed(range(steps))]
         stride = self.length // steps
         if steps * stride < 0.95 * self.length:
             return [1 + i * self.length // steps for i in reversed(range(steps))]
-        first = min(1, self.length - 1 - stride * (steps - 1))  # 0 only if 1 would overrun
+        # Less than the offset only if that would overrun.
+        first = min(self.steps_offset, self.length - 1 - stride * (steps - 1))
         return [first + stride * i for i in reversed(range(steps))]
 
     def ddim_pairs(self, steps: int) -> list[tuple[int, int]]:

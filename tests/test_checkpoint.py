@@ -416,6 +416,54 @@ def test_folder_without_configuration(tmp_path):
     assert_same_tensors(model, load(TINY / "sd1/diffusers"))
 
 
+def scheduler_in(folder: Path, **changed) -> Path:
+    path = folder / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    return folder
+
+
+def test_a_folder_says_how_the_noise_grows(tmp_path):
+    folder = copy_beside("sd2/diffusers", tmp_path)
+    ours = load(scheduler_in(folder, rescale_betas_zero_snr=True)).schedule
+    assert ours.alphas_cumprod[-1] == 0 and ours.ddim_timesteps(50)[0] == 999
+    ours = load(scheduler_in(folder, timestep_spacing="leading")).schedule
+    assert ours.alphas_cumprod[-1] == 0 and ours.ddim_timesteps(50)[0] == 981
+    scheduler_in(folder, rescale_betas_zero_snr=False, timestep_spacing="linspace")
+    assert load(folder).schedule.ddim_timesteps(50)[:2] == [999, 979]
+    ours = load(scheduler_in(folder, beta_schedule="linear", beta_end=0.02)).schedule
+    assert ours.betas[500] == pytest.approx(0.00085 + 500 / 999 * 0.01915)
+    ours = load(scheduler_in(folder, trained_betas=[0.001, 0.002], num_train_timesteps=2)).schedule
+    assert ours.betas.tolist() == [0.001, 0.002]
+
+
+def test_schedules_that_are_not_supported(tmp_path):
+    folder = copy_beside("sd1/diffusers", tmp_path)
+    usual = (folder / "scheduler/scheduler_config.json").read_text()
+    for told, changed in {
+        "'sigmoid'": dict(beta_schedule="sigmoid"),
+        "'middle'": dict(timestep_spacing="middle"),
+        "noise alone": dict(rescale_betas_zero_snr=True, prediction_type="epsilon"),
+        "'sample'": dict(prediction_type="sample"),
+        "FlowMatch": dict(_class_name="FlowMatchEulerDiscreteScheduler"),
+    }.items():
+        assert told in refusal(scheduler_in(folder, **changed))
+        (folder / "scheduler/scheduler_config.json").write_text(usual)
+
+
+@pytest.mark.parametrize("family", ("ldm", "sd1", "sd2"))
+def test_fine_tunes_say_what_they_are(family, tmp_path):
+    path = tmp_path / "model.safetensors"
+    beside = (TINY / family / "config.yaml").read_text().replace("parameterization", "other")
+    (tmp_path / "config.yaml").write_text(beside)
+    if family == "ldm":
+        shutil.copy(TINY / "ldm/vocab.txt", tmp_path)
+    marked = single(family) | {"v_pred": torch.zeros(0)}
+    save_file(marked, path)
+    assert (load(path).schedule.prediction, load(path).schedule.zero_snr) == ("v", False)
+    save_file(marked | {"ztsnr": torch.zeros(0)}, path)
+    assert (load(path).schedule.prediction, load(path).schedule.zero_snr) == ("v", True)
+
+
 # --------------------------------------------------------------------- hostile and damaged files
 
 

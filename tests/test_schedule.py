@@ -329,6 +329,39 @@ def test_live_dpm_solver(prediction, zero_snr, eta, steps):
     assert asked == scheduler.timesteps.tolist()
 
 
+SCHEDULES = (
+    dict(beta_schedule="linear"),
+    dict(beta_schedule="squaredcos_cap_v2"),
+    dict(trained_betas=[0.01 + 0.0001 * i for i in range(100)]),
+    dict(timestep_spacing="trailing"),
+    dict(timestep_spacing="linspace"),
+    dict(steps_offset=0),
+)
+
+
+@pytest.mark.parametrize("options", SCHEDULES, ids=lambda o: "-".join(map(str, o.items()))[:40])
+def test_live_schedules(options):
+    """Noise levels and timesteps of schedulers that are configured in another way."""
+    diffusers = pytest.importorskip("diffusers")
+    usual = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
+    length = len(options.get("trained_betas", range(1000)))
+    theirs = diffusers.DDIMScheduler(num_train_timesteps=length, **usual | options)
+    ours = {k.replace("timestep_", ""): v for k, v in options.items()}
+    ours = Schedule(length=length, **ours)
+    assert_close_std(ours.alphas_cumprod, theirs.alphas_cumprod, EXACT)
+    for steps in (1, 4, 7, 50, 100):
+        theirs.set_timesteps(steps)
+        times = theirs.timesteps.tolist()
+        assert ours.ddim_timesteps(steps) == [t - (times[0] == length) for t in times]
+
+
+def test_unknown_schedules():
+    with pytest.raises(ValueError, match="beta_schedule 'sigmoid'"):
+        Schedule(beta_schedule="sigmoid")
+    with pytest.raises(ValueError, match="timestep_spacing 'middle'"):
+        Schedule(spacing="middle")
+
+
 @pytest.mark.parametrize("steps", (1, 3, 30, 334, 400, 501, 600, 999, 1000))
 def test_every_number_of_steps_begins_in_noise(steps):
     """The step that would follow upwards is beyond the schedule, or nearly."""
