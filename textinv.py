@@ -672,10 +672,8 @@ def run_convert(args: argparse.Namespace) -> None:
         raise ValueError(f"--picture is for an OUT that is a .png file; {out} is none")
     format = args.format or default_format(out.suffix)
     concept.save(out, args.overwrite, format, open_image(args.picture) if args.picture else None)
-    word = load_concept(out).placeholder
+    word = load_concept(out).placeholder  # in a .pt not the one that was given
     print(f"wrote {out} ({format}): {word}, {tuple(concept.vectors.shape)}")
-    if args.placeholder not in (None, word):
-        warnings.warn(f"in this format the word is called {word}, whatever --placeholder says")
 
 
 def run_show(args: argparse.Namespace) -> None:
