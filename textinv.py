@@ -129,16 +129,18 @@ def normal(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def diffusion_loss(
-    model: LatentDiffusion, latents: Tensor, context: Tensor, t: Tensor, noise: Tensor
+    model: LatentDiffusion, latents: Tensor, context: Tensor, t: Tensor, noise: Tensor, weight=1.0
 ) -> Tensor:
-    """Return the mean squared error between the prediction and its target (eq. 1 and 2), a scalar.
+    """Return the mean squared error between the prediction and its target (eq. 1 and 2), a scalar,
+    each latent's times `weight` (B, 1, h, w).
 
     latents and noise (B, C, h, w), t (B,) on the CPU, context (B, L, D). The target is eps, or
     velocity for models that were trained to predict it; that has nothing to do with the word v.
     """
     x_t = model.schedule.q_sample(latents, t, noise)
     prediction = model.unet(x_t, t.to(x_t.device), context).float()
-    return F.mse_loss(prediction, model.schedule.target(latents, t, noise))
+    error = F.mse_loss(prediction, model.schedule.target(latents, t, noise), reduction="none")
+    return (error * weight).mean()
 
 
 # -------------------------------------------------------------------------------------- training
@@ -157,6 +159,7 @@ def train(
     lr: float | str | None = None,
     templates: Sequence[str] | Sequence[Sequence[str]] = OBJECT_TEMPLATES,
     flip: bool = True,
+    masked: bool = False,
     weight_decay: float = 0.0,
     regularize: float = 0.0,
     progressive: bool = False,
@@ -176,7 +179,10 @@ def train(
     default the paper's (5000, 4, 0.005), or what suits the bundled model or SDXL; the rate is
     lr * batch_size (appendix F), and lr may be "base", "high" or "low". templates: prompts with {}
     for the word, one is drawn for each picture of each step; or one such list per picture. flip:
-    mirror half of the pictures; switch it off for things with writing on them. weight_decay: the
+    mirror half of the pictures; switch it off for things with writing on them. masked: weigh the
+    loss by each picture's alpha channel or NAME.mask.png (white counts, black does not), averaged
+    over each latent's pixels. It is the mean over pictures of each one's weighted mean, so a small
+    thing counts as much as a large one; a picture without a mask counts whole. weight_decay: the
     paper's code leaves AdamW's default of 0.01 on, which pulls v* towards 0; here it is off.
     stop: "auto" stops once training has converged, with the best vectors; every tenth step costs
     eight pictures more without a gradient. gradient_checkpointing: less memory, slower.
@@ -199,7 +205,7 @@ def train(
     check_setup(vectors, weight_decay, regularize, progressive, stop, seed)
     model.check_placeholder(placeholder)
     start = initial_vectors(model, init_word, vectors)
-    pixels = images if isinstance(images, Tensor) else prepare_images(images, model.size)
+    pixels = images if isinstance(images, Tensor) else prepare_images(images, model.size, masked)
     texts = templates_by_picture(templates, len(pixels))
     metadata = dict(init_word=init_word, steps=0, lr=lr, batch_size=batch_size, seed=seed)
     metadata |= dict(base_model=model.name, base_model_hash=model.fingerprint)
@@ -208,7 +214,7 @@ def train(
     word = Concept(placeholder, start.clone(), {k: str(v) for k, v in metadata.items()})
     image_words = start_image_words(model, placeholder, len(pixels)) if per_image else []
     check_prompts(model, texts, [word, *image_words])
-    mean, std, picture = training_set(model, pixels, flip)
+    mean, std, weight, picture = training_set(model, pixels, flip)
 
     def loss_of(step: int, words: list[Concept]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return eq. 2 on the step's batch, the regularization, and what the loss was computed
@@ -218,10 +224,10 @@ def train(
         rows, *batch = draw_batch(model, mean, std, batch_size, generator)
         shown = [picture[i] for i in rows]
         prompts = [fill_template(draw.choice(texts[i]), words, i) for i in shown][share]
-        latents, t, noise = (part[share] for part in batch)
+        latents, t, noise, weights = (part[share] for part in (*batch, weight[rows]))
         context = model.encode_text(prompts, words)
         model.unet.gradient_checkpointing = gradient_checkpointing
-        loss = diffusion_loss(model, latents, context, t, noise)
+        loss = diffusion_loss(model, latents, context, t, noise, weights)
         model.unet.gradient_checkpointing = False
         penalty = regularize * ((word.vectors - start) ** 2).sum()
         part = len(t) / batch_size  # 1 unless several processes share the batch
@@ -361,17 +367,21 @@ def start_image_words(model: LatentDiffusion, placeholder: str, count: int) -> l
 
 
 def training_set(model: LatentDiffusion, pixels: Tensor, flip: bool) -> tuple:
-    """Return mean and standard deviation (M, C, h, w) of the latents of pixels (N, 3, H, W), each
-    picture plain and, with `flip`, mirrored; and a list of which picture each of the M shows.
+    """Return mean and standard deviation (M, C, h, w) of the latents of pixels (N, 3 or 4, H, W),
+    each picture plain and, with `flip`, mirrored; the weights (M, 1, h, w) of the loss, of mean 1,
+    from the fourth channel; and a list of which picture each of the M shows.
 
     The autoencoder runs once per view; each step samples z ~ E(x) from these moments anew.
     """
-    views = [pixels, pixels.flip(-1)] if flip else [pixels]
-    moments = [model.encode_moments(image[None]) for image in torch.cat(views)]
+    views = torch.cat([pixels, pixels.flip(-1)] if flip else [pixels])
+    moments = [model.encode_moments(image[None, :3]) for image in views]
     mean, std = (torch.cat(parts) for parts in zip(*moments))
+    masks = (views[:, 3:] + 1) / 2 if views.shape[1] > 3 else torch.ones(len(views), 1, 1, 1)
+    weight = F.adaptive_avg_pool2d(masks, mean.shape[-2:]).to(mean)
     if not (mean.isfinite().all() and std.isfinite().all()):
         raise NotFinite("the autoencoder gave NaN or infinity; try --precision bf16 or fp32")
-    return mean, std, [*range(len(pixels))] * len(views)
+    weight = weight / weight.mean((1, 2, 3), keepdim=True)
+    return mean, std, weight, [*range(len(pixels))] * (1 + flip)
 
 
 def invert(model: LatentDiffusion, images: Images, init_word: str, **options) -> Concept:
@@ -509,7 +519,7 @@ def run_invert(args: argparse.Namespace) -> int:
         warnings.warn(f"this model spells {args.init_word!r} in pieces; a word it knows is better")
     model.size = model.size if args.size is None else args.size
     model.latent_shape((model.size, model.size))  # raises for a size that does not fit
-    pixels = prepare_images(paths, model.size)
+    pixels = prepare_images(paths, model.size, args.masked)
     options = training_options(args, model, templates) | dict(placeholder=placeholder)
     run, steps = Run(out, options | fingerprints(model, pixels, options)), options["steps"]
     saved = run.look(args.resume, args.overwrite)
@@ -558,7 +568,7 @@ def training_options(args: argparse.Namespace, model: LatentDiffusion, templates
     """Return the options of `train` that decide what is learnt."""
     steps, batch_size, lr = hyperparameters(model, args.steps, args.batch_size, args.lr)
     vectors = (3 if args.progressive else 1) if args.vectors is None else args.vectors
-    same = "init_word seed stop per_image weight_decay regularize progressive".split()
+    same = "init_word seed stop masked per_image weight_decay regularize progressive".split()
     options = {name: getattr(args, name) for name in same} | dict(flip=not args.no_flip)
     options |= dict(vectors=vectors, templates=templates)
     return options | dict(steps=steps, batch_size=batch_size, lr=lr)
@@ -781,6 +791,7 @@ OPTIONS: dict[str, dict] = dict(
     save_image_words=dict(action="store_true", help="save the words of --per-image too"),
     templates=dict(default="object", help="object, style, captions, a file, or 'a photo of {}'"),
     no_flip=dict(action="store_true", help="do not mirror the pictures"),
+    masked=dict(action="store_true", help="learn what alpha or NAME.mask.png shows in white"),
     gradient_checkpointing=dict(action="store_true", help="less memory, slower"),
     preview_every=dict(type=int, metavar="N", help="preview every N steps; 0: none (steps / 3)"),
     save_every=dict(type=int, default=50, metavar="N", help="save a state every N steps (50)"),
@@ -802,7 +813,7 @@ MODEL = " model family prediction clip_skip device precision"
 VERBS = {
     run_invert: "images init_word placeholder word_out resume overwrite vectors training_steps "
     "batch_size lr stop weight_decay regularize progressive per_image save_image_words templates "
-    "training_size no_flip gradient_checkpointing preview_every save_every seed" + MODEL,
+    "training_size no_flip masked gradient_checkpointing preview_every save_every seed" + MODEL,
     run_sample: "texts prompts negative concept rename n sampler steps guidance eta size grid_out "
     "singles overwrite seed" + MODEL,
     run_convert: "source target format placeholder word picture overwrite",

@@ -30,7 +30,8 @@ from models.runs import interruptible
 
 MODEL = " seed overwrite" + textinv.MODEL
 INVERT = "images init_word placeholder word_out vectors training_steps batch_size lr stop templates"
-INVERT += " weight_decay regularize progressive per_image no_flip gradient_checkpointing save_every"
+INVERT += " weight_decay regularize progressive per_image no_flip masked"
+INVERT += " gradient_checkpointing save_every"
 SAMPLE = "texts prompts negative concept rename n sampler steps guidance grid_out"
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops, ImageOps
 from torch import Tensor
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -23,7 +23,8 @@ class NotFinite(ValueError):
 
 
 def find_images(folder: str | Path) -> list[Path]:
-    """Return the picture files of a folder, sorted. Warns of each other file that is skipped.
+    """Return the picture files of a folder, sorted, without masks (cat.mask.png beside cat.jpg).
+    Warns of each other file that is skipped.
 
     Raises ValueError if there is no such folder, or no picture in it.
     """
@@ -32,11 +33,12 @@ def find_images(folder: str | Path) -> list[Path]:
         raise ValueError(f"{folder}: no such folder; give a folder with 3-5 pictures of one thing")
     files = [folder] if folder.is_file() else sorted(p for p in folder.iterdir() if p.is_file())
     pictures = [p for p in files if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
-    captions = {path.with_suffix(".txt") for path in pictures}
+    beside = {path.with_suffix(end) for path in pictures for end in (".txt", ".mask.png")}
+    pictures = [path for path in pictures if path not in beside]
     for path in files:
         if path.suffix.lower() in (".heic", ".heif"):
             warnings.warn(f"skipped {path}: HEIC is not read, save it as JPEG", stacklevel=2)
-        elif path not in pictures and path not in captions:
+        elif path not in pictures and path not in beside:
             warnings.warn(f"skipped {path}: not a picture", stacklevel=2)
     if not pictures:
         kinds = ", ".join(sorted(SUFFIXES))
@@ -70,9 +72,25 @@ def open_image(source: str | Path | Image.Image, background: str = "white") -> I
     return image.convert("RGB")
 
 
-def prepare_images(images: Images, size: int) -> Tensor:
-    """Return pictures as the model sees them, (N, 3, size, size) in [-1, 1]. Warns of pictures that
-    are smaller than `size`. Raises ValueError if there are none, or one is not readable."""
+def open_mask(source: str | Path | Image.Image) -> Image.Image:
+    """Return how much each pixel of a picture counts, grey: what NAME.mask.png beside NAME.jpg
+    shows, else the picture's alpha channel, else white. Raises ValueError for another size."""
+    white = open_image(source)
+    beside = None if isinstance(source, Image.Image) else Path(source).with_suffix(".mask.png")
+    if beside is None or not beside.exists():  # where the background shows, alpha is less than 1
+        shows = ImageChops.difference(white, open_image(source, "black"))
+        return ImageChops.invert(shows.convert("L"))
+    mask = open_image(beside, "black").convert("L")
+    if mask.size != white.size:
+        sizes = "{}x{} pixels, the picture {}x{}".format(*mask.size, *white.size)
+        raise ValueError(f"{beside} has {sizes}; a mask must have its picture's size")
+    return mask
+
+
+def prepare_images(images: Images, size: int, masked: bool = False) -> Tensor:
+    """Return pictures as the model sees them, (N, 3, size, size) in [-1, 1]; if masked, with their
+    masks as a fourth channel. Warns of pictures that are smaller than `size`. Raises ValueError if
+    there are none, if one is not readable, or if a mask is empty."""
     if isinstance(images, (str, Path)):
         images = find_images(images)
     if not images:
@@ -80,16 +98,23 @@ def prepare_images(images: Images, size: int) -> Tensor:
     squares = []
     for i, source in enumerate(images):
         image = open_image(source)
+        name = f"picture {i + 1}" if isinstance(source, Image.Image) else source
         if min(image.size) < size:
-            name = f"picture {i + 1}" if isinstance(source, Image.Image) else source
             width, height = image.size
             warnings.warn(f"{name} has {width}x{height} pixels, enlarged for {size}", stacklevel=2)
         squares.append(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
+        if masked:
+            mask = ImageOps.fit(open_mask(source), (size, size), Image.Resampling.BOX)
+            if not mask.getbbox():
+                raise ValueError(f"{name}: the mask is empty in the square that the model sees")
+            squares[-1].putalpha(mask)
+    if masked and all(square.getextrema()[3] == (255, 255) for square in squares):
+        warnings.warn("masked, but no picture has transparency or a NAME.mask.png", stacklevel=2)
     return torch.cat([to_tensor(image) for image in squares])
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """Return (1, C, H, W) in [-1, 1] of an RGB or a grey picture."""
+    """Return (1, C, H, W) in [-1, 1] of a picture with C channels."""
     pixels = torch.from_numpy(np.array(image)).reshape(image.height, image.width, -1)
     return pixels.permute(2, 0, 1)[None].float() / 127.5 - 1
 

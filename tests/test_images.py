@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import textinv
@@ -64,3 +65,37 @@ def test_folders_skip_what_is_no_picture_and_name_what_is_broken(tmp_path):
         empty = tmp_path / "empty"
         empty.mkdir()
         textinv.find_images(empty)
+
+
+@pytest.mark.parametrize("mode", ("RGBA", "LA", "P", "beside"))
+def test_masks_are_the_alpha_channel_or_lie_beside_the_picture(tmp_path, mode):
+    shown = Image.new("L", (16, 8), 0)
+    shown.paste(255, (4, 0, 9, 8))  # x from 4 to 8; the square in the middle begins at 4
+    picture = Image.new("RGB", (16, 8), "red")
+    if mode == "beside":
+        picture.save(tmp_path / "a.b.jpg")
+        shown.save(tmp_path / "a.b.mask.png")
+    elif mode == "P":
+        shown.point(lambda value: value // 255).save(tmp_path / "a.png", transparency=0)
+    else:
+        picture = picture.convert(mode.removesuffix("A"))
+        picture.putalpha(shown)
+        picture.save(tmp_path / "a.png")
+    assert len(textinv.find_images(tmp_path)) == 1
+    pixels = textinv.prepare_images(tmp_path, 8, masked=True)
+    assert torch.equal(pixels[:, :3], textinv.prepare_images(tmp_path, 8))
+    expected = torch.tensor([1.0] * 5 + [-1.0] * 3).expand(1, 8, 8)
+    assert torch.equal(pixels[:, 3], expected)
+
+
+def test_masks_that_are_empty_absent_or_of_another_size(tmp_path):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.jpg")
+    with pytest.warns(UserWarning, match="no picture has transparency or a NAME.mask.png"):
+        whole = textinv.prepare_images(tmp_path, 8, masked=True)
+    assert torch.equal(whole[:, 3], torch.ones(1, 8, 8))
+    Image.new("RGBA", (16, 8), (9, 9, 9, 0)).save(tmp_path / "b.png")
+    with pytest.raises(ValueError, match="b.png: the mask is empty"):
+        textinv.prepare_images(tmp_path, 8, masked=True)
+    Image.new("L", (9, 8), 255).save(tmp_path / "a.mask.png")
+    with pytest.raises(ValueError, match="a.mask.png has 9x8 pixels, the picture 8x8"):
+        textinv.prepare_images(tmp_path, 8, masked=True)

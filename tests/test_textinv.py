@@ -11,6 +11,7 @@ import pytest
 import torch
 from elsewhere import elsewhere
 from helpers import EXACT, GOLDEN, assert_close_std
+from PIL import Image
 from safetensors.torch import load_file
 
 import textinv
@@ -312,6 +313,46 @@ def test_a_word_that_is_cut_in_two_is_refused(model):
     textinv.train(model, MUSHROOM, "plant", vectors=2, templates=[template])
     with pytest.raises(ValueError, match="do not fit into 22 tokens"):
         textinv.train(model, MUSHROOM, "plant", vectors=3, templates=[template])
+
+
+def test_a_masked_loss_is_the_mean_of_the_pictures_weighted_means(model, tmp_path):
+    """Against a loop over the pictures of a batch; half of the views are mirrored."""
+    for i, box in enumerate(((0, 0, 20, 64), (13, 7, 64, 30))):
+        mask = Image.new("L", (64, 64), 0)
+        mask.paste(200, box)
+        Image.effect_noise((64, 64), 99).convert("RGB").save(tmp_path / f"{i}.jpg")
+        mask.save(tmp_path / f"{i}.mask.png")
+    pixels = textinv.prepare_images(tmp_path, 64, masked=True)
+    *_, weights, picture = textinv.training_set(model, pixels, flip=True)
+    assert picture == [0, 1, 0, 1] and torch.equal(weights[2:], weights[:2].flip(-1))
+    side = weights.shape[-1]
+    area = np.asarray(mask, float).reshape(side, 64 // side, side, -1).mean((1, 3))
+    assert np.allclose(weights[1, 0].numpy(), area / area.mean(), atol=1e-5)
+
+    seen, loss = [], textinv.diffusion_loss
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(textinv, "diffusion_loss", lambda *args: seen.append(args) or loss(*args))
+        state = next(textinv.train(model, tmp_path, "plant", batch_size=4, steps=1, masked=True))
+    ((_, latents, context, t, noise, used),) = seen
+    x_t = model.schedule.q_sample(latents, t, noise)
+    with torch.no_grad():
+        error = (model.unet(x_t, t, context) - model.schedule.target(latents, t, noise)) ** 2
+    means = [(e * w).sum() / (w.sum() * len(e)) for e, w in zip(error, used)]
+    assert all(any(torch.equal(w, known) for known in weights) for w in used)
+    assert state.loss.item() == pytest.approx(torch.stack(means).mean().item(), rel=1e-5)
+
+
+def test_a_white_mask_changes_nothing(model, tmp_path):
+    learn = dict(init_word="plant", steps=2, batch_size=2)
+    Image.effect_noise((64, 64), 99).convert("RGB").save(tmp_path / "a.png")
+    plain, mask = textinv.invert(model, tmp_path, **learn), Image.new("L", (64, 64), 255)
+    for changes in (False, True):
+        mask.save(tmp_path / "a.mask.png")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # no picture has a mask
+            found = textinv.invert(model, tmp_path, masked=True, **learn)
+        assert torch.equal(found.vectors, plain.vectors) is not changes
+        mask.paste(0, (0, 0, 32, 64))
 
 
 # ------------------------------------------------------------------------------ early stopping
