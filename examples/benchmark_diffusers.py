@@ -74,17 +74,18 @@ def their_step(model, unet, vae, text, folder: Path, batch_size: int, checkpoint
     return step
 
 
-def their_sample(model, unet, vae, text, steps: int):
-    """Return a function that draws one picture with their pipeline."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+def their_sample(model, unet, vae, text):
+    """Return a function that draws one picture with their pipeline: 50 steps of PNDM, as Stable
+    Diffusion 1.5 is published."""
+    from diffusers import PNDMScheduler, StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text.to(model.dtype),
         tokenizer=None,
         unet=unet.eval(),
-        scheduler=DDIMScheduler(
-            1000, 0.00085, 0.012, "scaled_linear", steps_offset=1, clip_sample=False
+        scheduler=PNDMScheduler(
+            1000, 0.00085, 0.012, "scaled_linear", skip_prk_steps=True, steps_offset=1
         ),
         safety_checker=None,
         feature_extractor=None,
@@ -92,6 +93,6 @@ def their_sample(model, unet, vae, text, steps: int):
     )
     pipe.set_progress_bar_config(disable=True)
     context, uncond = (model.encode_text([p]).to(model.dtype) for p in ("a photo of a toy", ""))
-    given = dict(prompt_embeds=context, negative_prompt_embeds=uncond, num_inference_steps=steps)
+    given = dict(prompt_embeds=context, negative_prompt_embeds=uncond)
     given |= dict(height=model.size, width=model.size)
-    return lambda: pipe(**given)
+    return lambda **steps: pipe(**given, **steps)
