@@ -420,12 +420,13 @@ def sample(
 ) -> list[Image.Image]:
     """Draw n pictures of each prompt, all of one prompt in a row.
 
-    Brackets in prompts are weights, "(word:1.2)", see models/tokenizers.py. negative: a prompt for
-    what shall not be seen. guidance_scale: 1 is none; the default is 7.5, 5 for SDXL, 3 for the
-    bundled model. sampler: "dpm++" (14 steps unless told otherwise) or the paper's "ddim" (50).
-    eta: 0 is deterministic, 1 as noisy as DDPM. size: pixels, one number or (width, height).
-    Picture i of a prompt starts from noise of seed + i, whatever else is drawn with it. Raises
-    ValueError for numbers out of range and foreign words.
+    Brackets in prompts are weights, "(word:1.2)", see models/tokenizers.py. All prompts of a call
+    get as many chunks of 75 tokens as the longest. negative: a prompt for what shall not be seen.
+    guidance_scale: 1 is none; the default is 7.5, 5 for SDXL, 3 for the bundled model. sampler:
+    "dpm++" (14 steps unless told otherwise) or the paper's "ddim" (50). eta: 0 is deterministic, 1
+    as noisy as DDPM. size: pixels, one number or (width, height). Picture i of a prompt starts
+    from noise of seed + i, whatever else is drawn with it. Raises ValueError for numbers out of
+    range and foreign words.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:

@@ -339,7 +339,7 @@ def plain_text(part: str, kind: str, words: Collection[str]) -> str | None:
     if kind == "name":
         names = {name: word for word in words for name in (word.strip("<>"), word)}
         name = part.removeprefix("embedding:")
-        if word := names.get(name) or names.get(name.rpartition(".")[0]):
+        if word := names.get(name) or names.get(re.sub(r"\.\w*$", "", name)):
             return word
         known = ", ".join(words) or "none"
         warnings.warn(f"{part} is no learnt word (known: {known}); it is read as plain text")

@@ -316,7 +316,7 @@ def test_learnt_words_win_over_any_other_syntax():
 def test_comfyuis_name_of_a_word(name):
     assert split_weights(f"a (embedding:{name}:1.2)", WORDS) == [("a ", 1), ("<cat>", 1.2)]
     assert split_weights(f"embedding:{name}, b", WORDS) == [("<cat>, b", 1)]
-    assert split_weights(f"[embedding:{name}]", ["<cat>"]) == [("<cat>", 1 / 1.1)]
+    assert split_weights(f"[embedding:{name}]", ["<>", "<cat>"]) == [("<cat>", 1 / 1.1)]
 
 
 @pytest.mark.parametrize(
