@@ -4,22 +4,39 @@ A picture is shown to the model as the largest square in its middle, upright, in
 it is transparent; it is never stretched.
 """
 
+import io
 import math
 import warnings
 from collections.abc import Sequence
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageChops, ImageOps
+from PIL import Image, ImageChops, ImageCms, ImageOps, PngImagePlugin
 from torch import Tensor
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+# What Pillow opens, but cannot read as a picture by itself. EPS it would run, by Ghostscript.
+NO_PICTURES = {"EPS", "MPEG", "BUFR", "GRIB", "HDF5", "WMF"}
+LARGE = 1 << 25  # pixels; pictures with more are reduced to about as many
+MAX_PIXELS = 1 << 28  # in memory while one is read: 1 GiB
 Images = str | Path | Sequence[str | Path | Image.Image]
 
 
 class NotFinite(ValueError):
     """NaN or infinity in training, in the autoencoder or in sampled pictures."""
+
+
+@contextmanager
+def pillow_limits():
+    """Let Pillow read large pictures, which `open_image` bounds, and PNG files with long texts."""
+    before = Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK
+    Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = None, PngImagePlugin.MAX_TEXT_MEMORY
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = before
 
 
 def find_images(folder: str | Path) -> list[Path]:
@@ -32,44 +49,121 @@ def find_images(folder: str | Path) -> list[Path]:
     if not folder.exists():
         raise ValueError(f"{folder}: no such folder; give a folder with 3-5 pictures of one thing")
     files = [folder] if folder.is_file() else sorted(p for p in folder.iterdir() if p.is_file())
-    pictures = [p for p in files if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
-    beside = {path.with_suffix(end) for path in pictures for end in (".txt", ".mask.png")}
+    faults = {path: fault_of(path) for path in files}
+    pictures = [path for path in files if not faults[path]]
+    endings = (".txt", ".caption", ".mask.png")
+    beside = {path.with_suffix(end) for path in pictures for end in endings}
     pictures = [path for path in pictures if path not in beside]
     for path in files:
-        if path.suffix.lower() in (".heic", ".heif"):
-            warnings.warn(f"skipped {path}: HEIC is not read, save it as JPEG", stacklevel=2)
-        elif path not in pictures and path not in beside:
-            warnings.warn(f"skipped {path}: not a picture", stacklevel=2)
+        if faults[path] and path not in beside:
+            warnings.warn(f"skipped {path}: {faults[path]}", stacklevel=2)
     if not pictures:
-        kinds = ", ".join(sorted(SUFFIXES))
-        raise ValueError(f"{folder}: no pictures; 3-5 files of {kinds} are wanted")
+        inside = (p for p in islice(folder.rglob("*"), 10_000) if p.is_file() and not fault_of(p))
+        below = ", ".join(str(path) for path in sorted({path.parent for path in inside})[:5])
+        there = f"but there are in {below}; give that folder" if below else "3-5 are wanted"
+        raise ValueError(f"{folder}: no pictures that can be read, {there}")
     return pictures
 
 
-def open_image(source: str | Path | Image.Image, background: str = "white") -> Image.Image:
-    """Return an upright RGB picture: EXIF orientation applied, transparent parts on `background`,
-    the first frame of an animation. Raises ValueError if the file is not readable as a picture."""
-    if isinstance(source, Image.Image):
-        image = source
-    else:
-        try:
-            image = Image.open(source)
+def fault_of(path: Path) -> str | None:
+    """Return why a file is not a picture, or None for one that is, or is damaged: Pillow knows its
+    content or its ending."""
+    if path.name.startswith("."):
+        return "not a picture"
+    try:
+        with pillow_limits(), Image.open(path, formats=picture_formats()):
+            return None
+    except Exception:  # plugins raise whatever a foreign file leads to
+        known = Image.registered_extensions().get(path.suffix.lower()) in picture_formats()
+        return phone_format(path) or (None if known else "not a picture")
+
+
+def picture_formats() -> list[str]:
+    """Return what Pillow, with the plugins of this program's user, can read as a picture."""
+    Image.init()
+    return [name for name in Image.ID if name not in NO_PICTURES]
+
+
+def phone_format(path: Path) -> str | None:
+    """Return what to do about a picture of a kind that this Pillow cannot read."""
+    with open(path, "rb") as file:
+        start = file.read(32)
+    avif = start[4:8] == b"ftyp" and b"avi" in start
+    boxes = start[4:8] == b"ftyp" and any(kind in start for kind in (b"hei", b"hev", b"mif1"))
+    heic = boxes or path.suffix.lower() in (".heic", ".heif")
+    kind = "AVIF" if avif else "HEIC" if heic else None
+    return kind and f"{kind} is not read here, save it as JPEG"
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Return a file's picture, loaded, its first frame; a very large one reduced. Raises ValueError
+    if the file is not readable as a picture, or too large."""
+    try:
+        with pillow_limits():
+            image = Image.open(path, formats=picture_formats())
+            width, height = image.size
+            shrink = math.sqrt(width * height / LARGE)
+            small = int(width / shrink), int(height / shrink)
+            if shrink > 1:  # a JPEG is decoded at a half, a quarter or an eighth
+                image.draft(None, small)
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(
+                    f"{width}x{height} pixels, {MAX_PIXELS:,} at most; save it smaller"
+                )
             image.load()
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{source}: not readable as a picture ({error})") from error
+            if shrink > 1 and not image.mode.startswith("I;"):  # which Pillow does not resize
+                image.thumbnail(small)
+            return image
+    except (OSError, ValueError, SyntaxError) as error:
+        known = Path(path).is_file() and phone_format(Path(path))
+        raise ValueError(f"{path}: {known or f'not readable as a picture ({error})'}") from error
+
+
+def open_image(source: str | Path | Image.Image, background: str = "white") -> Image.Image:
+    """Return an upright picture in RGB, in sRGB's colours: EXIF orientation and colour profile are
+    applied, transparent parts are on `background`. Raises ValueError as `read_image` does."""
+    image = source if isinstance(source, Image.Image) else read_image(source)
     try:
         image = ImageOps.exif_transpose(image)
     except Exception as error:  # Pillow raises whatever the damaged tags lead to
         warnings.warn(f"{source}: damaged EXIF ({error}), orientation ignored", stacklevel=2)
-    if image.mode == "F":
+    profile, mode = image.info.get("icc_profile"), image.mode
+    if mode == "F":
         brightest = np.asarray(image).max()
-        image = image.point(lambda value: value * (255 if brightest <= 1 else 1))
-    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip to white
+        image = image.point(lambda value: value * (255 if brightest <= 1 else 1)).convert("L")
+    if mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip to white
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
+    grey, alpha = image.mode in ("1", "L", "LA"), None
+    if mode in ("RGBA", "LA", "P", "PA") or "transparency" in image.info:
+        image = image.convert("LA" if grey else "RGBA")
+        alpha = image.getchannel("A")
+    image = image.convert("L" if grey else "CMYK" if mode == "CMYK" else "RGB")
+    if profile:
+        image = in_srgb(image, profile, source)
+    image = image.convert("RGB")
+    if alpha:
+        image.putalpha(alpha)
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     return image.convert("RGB")
+
+
+def in_srgb(image: Image.Image, profile: bytes, name) -> Image.Image:
+    """Return a picture (L, RGB or CMYK) converted from its colour profile; `name` is for notes."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if image.mode == "L" and source.profile.xcolor_space.strip() == "RGB":
+            image = image.convert("RGB")
+        srgb = ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
+    except Exception as error:  # a damaged profile, one of other colours, a Pillow without lcms
+        warnings.warn(f"{name}: unusable colour profile ({error}), taken as sRGB", stacklevel=3)
+        return image
+
+
+def like_a_photograph(image: Image.Image) -> bool:
+    """Return whether an RGB picture is large, or has as many colours as photographs have."""
+    colours = ImageOps.fit(image, (64, 64)).getcolors(64 * 64)
+    return min(image.size) > 256 or len(colours) > 2600
 
 
 def open_mask(source: str | Path | Image.Image) -> Image.Image:
@@ -129,9 +223,14 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(p) for p in pixels]
 
 
-def grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2) -> Image.Image:
-    """Return one picture of many, row by row; as square as possible unless `columns` is given."""
+def grid(
+    images: Sequence[Image.Image], columns: int | None = None, gap: int = 2, least: int = 1
+) -> Image.Image:
+    """Return one picture of many, row by row; as square as possible unless `columns` is given.
+    Those below `least` pixels are enlarged by a whole factor."""
     columns = columns or math.ceil(len(images) ** 0.5)
+    factor = math.ceil(least / min(images[0].size))
+    images = [ImageOps.scale(image, factor, Image.Resampling.LANCZOS) for image in images]
     w, h = images[0].width + gap, images[0].height + gap
     rows = math.ceil(len(images) / columns)
     sheet = Image.new("RGB", (columns * w - gap, rows * h - gap), "white")

@@ -1,11 +1,14 @@
 """Pictures of all kinds, as the model sees them."""
 
+import struct
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin, features
 
 import textinv
+from models import images
 
 
 def test_odd_pictures_are_taken(tmp_path):
@@ -99,3 +102,118 @@ def test_masks_that_are_empty_absent_or_of_another_size(tmp_path):
     Image.new("L", (9, 8), 255).save(tmp_path / "a.mask.png")
     with pytest.raises(ValueError, match="a.mask.png has 9x8 pixels, the picture 8x8"):
         textinv.prepare_images(tmp_path, 8, masked=True)
+
+
+def profile(space: str) -> bytes:
+    """A colour profile: Adobe RGB, a grey one of the same gamma, or a damaged one."""
+    if space == "damaged":
+        return b"no profile"
+
+    def fixed(*numbers: float) -> bytes:
+        return b"".join(struct.pack(">i", round(n * 65536)) for n in numbers)
+
+    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, round(2.19921875 * 256)) + bytes(2)
+    tags = {b"wtpt": b"XYZ " + bytes(4) + fixed(0.9642, 1, 0.8249)}
+    if space == "grey":
+        tags |= {b"kTRC": curve}
+    else:
+        for letter, column in zip(b"rgb", ADOBE_TO_XYZ.T):
+            tags[bytes([letter]) + b"XYZ"] = b"XYZ " + bytes(4) + fixed(*column)
+            tags[bytes([letter]) + b"TRC"] = curve
+    table, data, start = struct.pack(">I", len(tags)), b"", 128 + 4 + 12 * len(tags)
+    for name, content in tags.items():
+        table += name + struct.pack(">II", start + len(data), len(content))
+        data += content
+    kind = b"GRAY" if space == "grey" else b"RGB "
+    head = bytes(8) + struct.pack(">I", 0x02100000) + b"mntr" + kind + b"XYZ " + bytes(12) + b"acsp"
+    head = head.ljust(68, b"\0") + fixed(0.9642, 1, 0.8249)
+    body = head.ljust(128, b"\0") + table + data
+    return struct.pack(">I", len(body)) + body[4:]
+
+
+ADOBE_TO_XYZ = np.array(  # with D50 as white, as profiles have it
+    [[0.60974, 0.20528, 0.14919], [0.31111, 0.62567, 0.06322], [0.01947, 0.06087, 0.74457]]
+)
+SRGB_TO_XYZ = np.array(
+    [[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]]
+)
+
+
+def srgb(linear: np.ndarray) -> np.ndarray:
+    linear = linear.clip(0, 1)
+    curve = np.where(linear < 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    return 255 * curve
+
+
+def test_colour_profiles_lead_to_srgb(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3)).astype(np.uint8)
+    linear = (pixels / 255) ** 2.19921875
+    expected = srgb(linear @ ADOBE_TO_XYZ.T @ np.linalg.inv(SRGB_TO_XYZ).T)
+    assert np.abs(expected - pixels).mean() > 5
+    rgb, grey = Image.fromarray(pixels), Image.fromarray(pixels[..., 0])
+    clear = rgb.copy()
+    clear.putalpha(255)
+    for name, image in (("a.png", rgb), ("b.tif", rgb), ("c.png", clear)):
+        image.save(tmp_path / name, icc_profile=profile("adobe"))
+        found = np.asarray(textinv.open_image(tmp_path / name), float)
+        assert np.abs(found - expected).max() < 4 and np.abs(found - expected).mean() < 0.6, name
+    grey.save(tmp_path / "grey.png", icc_profile=profile("grey"))
+    found = np.asarray(textinv.open_image(tmp_path / "grey.png"), float)
+    assert np.abs(found - srgb(linear[..., :1])).max() < 3
+    for image, wrong in ((rgb, "damaged"), (rgb, "grey"), (rgb.convert("CMYK"), "adobe")):
+        image.save(tmp_path / "w.tif", icc_profile=profile(wrong))
+        with pytest.warns(UserWarning, match="w.tif: unusable colour profile"):
+            found = textinv.open_image(tmp_path / "w.tif")
+        assert np.asarray(found).tolist() == np.asarray(image.convert("RGB")).tolist()
+
+
+def test_pillow_decides_what_is_a_picture(tmp_path):
+    image = Image.new("RGB", (8, 8), "red")
+    formats = {"a.jfif": "JPEG", "b.jpe": "JPEG", "c": "PNG", "d.photo": "WEBP", "e.TGA": "TGA"}
+    formats |= {"f.avif": "AVIF"} if features.check("avif") else {}
+    for name, format in formats.items():
+        image.save(tmp_path / name, format)
+    for name in ("a.txt", "b.caption", "notes.md", "word.bin", "x.eps"):
+        (tmp_path / name).write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    with pytest.warns(UserWarning) as seen:
+        assert {path.name for path in textinv.find_images(tmp_path)} == set(formats)
+    said = " ".join(str(warning.message) for warning in seen)
+    assert len(seen) == 3 and all(name in said for name in ("notes.md", "word.bin", "x.eps"))
+    heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+    for name in ("IMG_1.HEIC", "IMG_2.jpg", "IMG_3"):
+        (tmp_path / name).write_bytes(heic)
+        with pytest.warns(UserWarning, match=f"{name}: HEIC is not read here, save it as JPEG"):
+            textinv.find_images(tmp_path)
+        with pytest.raises(ValueError, match="HEIC"):
+            textinv.open_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("below", ["img/10_cat", "concept_images"])
+def test_a_folder_below_with_the_pictures_is_named(tmp_path, below):
+    (tmp_path / below).mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / below / "1.jpeg")
+    with pytest.raises(ValueError, match=f"no pictures.*{tmp_path / below}; give that"):
+        textinv.find_images(tmp_path)
+
+
+def test_large_pictures_are_reduced_and_the_largest_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "LARGE", 1000)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # as 20,000 x 20,000 to the true limit
+    wide = Image.new("RGB", (300, 100), "blue")
+    for name in ("a.jpg", "b.png", "c.webp"):
+        wide.save(tmp_path / name)
+        found = textinv.open_image(tmp_path / name)
+        assert found.width * found.height <= 1000 and found.width > 40
+        assert np.abs(np.asarray(found, float) - (0, 0, 255)).max() < 3
+    assert Image.MAX_IMAGE_PIXELS == 1000
+    monkeypatch.setattr(images, "MAX_PIXELS", 2000)
+    assert textinv.open_image(tmp_path / "a.jpg")  # decoded at an eighth
+    with pytest.raises(ValueError, match="b.png: .*300x100 pixels, 2,000 at most"):
+        textinv.open_image(tmp_path / "b.png")
+
+
+def test_a_png_with_much_text_is_read(tmp_path):
+    text = PngImagePlugin.PngInfo()
+    text.add_text("workflow", "x" * 5_000_000, zip=True)
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png", pnginfo=text)
+    assert textinv.open_image(tmp_path / "a.png").getpixel((0, 0)) == (255, 0, 0)
