@@ -237,15 +237,17 @@ def write_file(path: str | Path, content: bytes, overwrite: bool = False) -> Non
 
 
 # How A1111's web UI calls settings.
-INFOTEXT = dict(steps="Steps", title="Sampler", guidance_scale="CFG scale", seed="Seed")
-INFOTEXT |= dict(size="Size", model_hash="Model hash", model="Model", clip_skip="Clip skip")
+INFOTEXT = dict(steps="Steps", title="Sampler", sigmas="Schedule type", guidance_scale="CFG scale")
+INFOTEXT |= dict(seed="Seed", size="Size", model_hash="Model hash", model="Model")
+INFOTEXT |= dict(clip_skip="Clip skip")
 
 
 def infotext(prompt: str, settings: dict) -> str:
     """Return prompt and settings in the form that A1111's web UI and its like write and read."""
-    texts = []
+    title, karras, _ = settings.get("title", "DDIM").partition(" Karras")
+    settings, texts = settings | dict(title=title, sigmas=karras.strip()), []
     for name, label in INFOTEXT.items():
-        value = settings.get(name, "DDIM" if name == "title" else "")
+        value = settings.get(name, "")
         text = "x".join(map(str, value)) if name == "size" else str(value)
         text = re.sub(r"\.(safetensors|ckpt)$", "", text)
         text = json.dumps(text, ensure_ascii=False) if re.search("[,:\n]", text) else text

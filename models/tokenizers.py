@@ -324,8 +324,8 @@ def bracket_end(inside: str, end: str, words: Collection[str]) -> tuple[str, flo
     number = re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", given)
     if end[-1] == "]":
         if number or "|" in inside:
-            change = f"[{inside}{end} would change while drawing, which is not supported"
-            warnings.warn(f"{change}; it is read as plain text in a bracket")
+            note = "is not supported; it is read as plain text in a bracket"
+            warnings.warn(f"[{inside}{end} {note}")
         return end[:-1], 1 / BRACKET
     digits = re.fullmatch(r"[+-]*[\d.,]*\d[\d.,]*", given) and not re.search(r"\b[\d.,]+$", inside)
     follows = re.search(f"({any_of(words)}|>)$", inside) and re.match(r":\S*\w", end)

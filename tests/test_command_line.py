@@ -405,7 +405,7 @@ def test_pictures_carry_what_a1111_reads(tmp_path, prompt, negative):
         assert json.loads(image.text["settings"])["negative"] == negative
         found = parse_parameters(image.text["parameters"])
         assert found[:2] == (prompt, negative)
-        assert found[2].pop("Sampler")
+        assert found[2].pop("Sampler") == "DPM++ 2M" and found[2].pop("Schedule type") == "Karras"
         assert found[2] == {
             "Steps": "3",
             "CFG scale": "6.5",

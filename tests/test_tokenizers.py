@@ -324,9 +324,9 @@ def test_comfyuis_name_of_a_word(name):
     [
         ("a <lora:x y:0.8>b", "<lora:x y:0.8> is not supported; it is left out", "a b"),
         ("<hypernet:x:1>", "<hypernet:x:1> is not supported", ""),
-        ("[a:b:0.5]", "[a:b:0.5] would change while drawing, which is not supported", "a:b:0.5"),
-        ("x [<cat>: 10 ]", "[<cat>: 10 ] would change", "x <cat>: 10 "),
-        ("[a|<cat>]", "[a|<cat>] would change", "a|<cat>"),
+        ("[a:b:0.5]", "[a:b:0.5] is not supported; it is read as plain", "a:b:0.5"),
+        ("x [<cat>: 10 ]", "[<cat>: 10 ] is not supported", "x <cat>: 10 "),
+        ("[a|<cat>]", "[a|<cat>] is not supported", "a|<cat>"),
         ("embedding:dog, b", "embedding:dog is no learnt word (known: <cat>)", "embedding:dog, b"),
         ("a <dog>", "<dog> is no learnt word (known: <cat>); it is read as plain text", "a <dog>"),
     ],
