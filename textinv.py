@@ -496,7 +496,7 @@ def exit_status(parser: argparse.ArgumentParser, argv: Sequence[str] | None = No
 def load_for(args: argparse.Namespace) -> LatentDiffusion:
     """Load the model that the arguments name, and print a line about it."""
     given = [args.model, args.device, PRECISIONS.get(args.precision), args.family, args.prediction]
-    model = load_model(*given, args.clip_skip)
+    model = load_model(*given, args.clip_skip, args.vae)
     print(model)
     return model
 
@@ -768,6 +768,7 @@ OPTIONS: dict[str, dict] = dict(
     model=dict(metavar="NAME|PATH", help="sd15, sd21, sdxl, ldm, file, folder (default: bundled)"),
     family=dict(choices=FAMILIES, help="family of the checkpoint, if its keys do not tell"),
     prediction=dict(choices=("eps", "v"), help="what it predicts, if the file does not tell"),
+    vae=dict(metavar="PATH", help="another autoencoder, file or folder"),
     clip_skip=dict(type=int, default=1, metavar="N", help="2 for models trained so (SD 1 only)"),
     device=dict(help="cuda, mps or cpu (default: the best there is)"),
     precision=dict(choices=PRECISIONS, help="of UNet and autoencoder (default: the device's best)"),
@@ -810,7 +811,7 @@ OPTIONS: dict[str, dict] = dict(
     word=dict(type=nfc, metavar="WORD", help="which word, if IN holds several"),
     picture=dict(metavar="FILE", help="picture that carries the word, for an OUT.png"),
 )
-MODEL = " model family prediction clip_skip device precision"
+MODEL = " model vae family prediction clip_skip device precision"
 VERBS = {
     run_invert: "images init_word placeholder word_out resume overwrite vectors training_steps "
     "batch_size lr stop weight_decay regularize progressive per_image save_image_words templates "

@@ -1,13 +1,12 @@
 """Public checkpoints to models: the families and what tells them apart, sizes, strict loading.
 
-files.py reads tensors and naming.py gives them our names. Here the family is found from the names
-and every size from the shapes, and the tensors fill modules that were built of those sizes: every
-key must match.
+files.py reads tensors, naming.py gives them our names and sizes.py finds the sizes of the networks.
+Here the family is found from the names, and the tensors fill modules that were built of those
+sizes: every key must match.
 """
 
 import hashlib
 import json
-import math
 import re
 import warnings
 from pathlib import Path
@@ -16,19 +15,21 @@ import torch
 from torch import nn
 
 from . import naming
-from .autoencoder import Autoencoder, AutoencoderConfig
+from .autoencoder import Autoencoder
 from .bert import BertConfig, BertTextEncoder
-from .clip import CLIP, CLIPConfig, CLIPTextEncoder, SDXLTextEncoder, TextConfig, VisionConfig
+from .clip import CLIP, CLIPConfig, CLIPTextEncoder, SDXLTextEncoder, TextConfig
 from .files import EXPECTED, CheckpointError, checking, contents, open_state, short_hash, some
 from .latent_diffusion import LatentDiffusion
-from .naming import Tensors, count, part
+from .naming import Tensors, part
 from .published import checkpoint_in, find
 from .schedule import Schedule
+from .sizes import autoencoder_config, bert_config, text_config, unet_config, vision_config
 from .tokenizers import CLIPTokenizer, WordPieceTokenizer
-from .unet import UNet, UNetConfig
+from .unet import UNet
 
 FAMILIES = ("ldm", "sd1", "sd2", "sdxl")
 BUNDLED = Path(__file__).parent / "emoji"
+CONFIG = "config.json"
 BERT_VOCAB = Path(__file__).parent / "vocab" / "bert-base-uncased.txt"
 # For SDXL, whose steps cost eight times those of Stable Diffusion 1. The published recipes of
 # diffusers and of invoke-training agree on this rate per step and on showing 2,000 pictures.
@@ -37,73 +38,17 @@ SAME = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "steps_offse
 SCHEDULER = {name: name for name in SAME}  # diffusers' names of the arguments of `Schedule`
 SCHEDULER |= dict(num_train_timesteps="length", rescale_betas_zero_snr="zero_snr")
 SCHEDULER |= dict(timestep_spacing="spacing")
-REFUSED = {  # how a key begins: what the file is then
-    "conditioner.embedders.0.model.": "the refiner of Stable Diffusion XL",
-    "edm_": "a model trained as EDM (Playground and others)",
+REFUSED = {  # a key in it: what the file is then
+    r"lora_|.*\.(lora|hada|lokr)_": "a LoRA, which changes a model and is none",
+    r"(string_to_param|emb_params|emp_params|clip_[lg]|<.+>)$": "a word; give it to --concept",
+    r"control_model\.": "a ControlNet, which steers a model and is none",
+    r"(first_stage_model\.)?(encoder|decoder)\.": "an autoencoder alone; give it to --vae",
 }
-
-# ------------------------------------------------------------------------- sizes from the shapes
-
-
-def unet_config(state: Tensors, **known) -> UNetConfig:
-    """Sizes of a UNet; `known` are the heads and the groups, which shapes do not tell."""
-    levels: list[list[int]] = [[]]
-    depths = [0]
-    for i in range(1, count(state, r"input_blocks\.(\d+)\.")):
-        if f"input_blocks.{i}.0.op.weight" in state:
-            levels.append([])
-            depths.append(0)
-            continue
-        levels[-1].append(state[f"input_blocks.{i}.0.in_layers.2.weight"].shape[0])
-        depths[-1] = count(state, rf"input_blocks\.{i}\.1\.transformer_blocks\.(\d+)\.")
-    middle = "middle_block.1.transformer_blocks"
-    config = UNetConfig(
-        widths=tuple(level[0] for level in levels),
-        num_res_blocks=len(levels[0]),
-        depths=tuple(depths),
-        middle_depth=count(state, middle.replace(".", r"\.") + r"\.(\d+)\."),
-        context_dim=state[f"{middle}.0.attn2.to_k.weight"].shape[1],
-        channels=state["input_blocks.0.0.weight"].shape[1],
-        linear_projection=state["middle_block.1.proj_in.weight"].ndim == 2,
-        **known,
-    )
-    for width in config.widths:
-        check_heads(width, config.heads_for(width))
-    return config
-
-
-def autoencoder_config(state: Tensors, **known) -> AutoencoderConfig:
-    levels = range(count(state, r"encoder\.down\.(\d+)\."))
-    return AutoencoderConfig(
-        widths=tuple(state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in levels),
-        num_res_blocks=count(state, r"encoder\.down\.0\.block\.(\d+)\."),
-        z_channels=state["post_quant_conv.weight"].shape[0],
-        **known,
-    )
-
-
-def bert_config(state: Tensors) -> BertConfig:
-    vocab_size, width = state["transformer.token_emb.weight"].shape
-    layers = count(state, r"transformer\.attn_layers\.layers\.(\d+)\.") // 2  # with MLPs between
-    return BertConfig(width, layers, vocab_size, state["transformer.pos_emb.emb.weight"].shape[0])
-
-
-def check_heads(width: int, heads: int | None) -> None:
-    """Check that the attention heads divide the channels."""
-    if not isinstance(heads, int) or heads < 1 or width % heads:
-        raise ValueError(f"{heads!r} attention heads do not divide {width} channels")
-
-
-def text_config(state: Tensors, heads, quick_gelu: bool, tower: str = "text_model") -> TextConfig:
-    """`heads` None: 64 channels each, as in every published CLIP."""
-    own_table = f"{tower}.embeddings.token_embedding.weight"
-    vocab_size = state["token_table" if own_table not in state else own_table].shape[0]
-    max_length, width = state[f"{tower}.embeddings.position_embedding.weight"].shape
-    heads = heads or max(1, width // 64)
-    check_heads(width, heads)
-    layers = count(state, rf"{tower}\.encoder\.layers\.(\d+)\.")
-    return TextConfig(width, layers, heads, quick_gelu, vocab_size, max_length)
-
+# Tensors that some programs leave in a file and that no model here needs.
+NEEDLESS = re.compile(
+    r"(.*\.)?(position_ids|logit_scale|text_projection(\.weight)?|num_batches_tracked)$"
+    r"|visual_projection\.|vision_model\.|(.*\.)?to_logits\.|loss\.|(.*[._])?(lora|optimizer)[._]"
+)
 
 # ------------------------------------------------------------------------------ what a file says
 # Each reader below returns the tensors of "unet", "autoencoder" and "text" under our names, and the
@@ -111,15 +56,24 @@ def text_config(state: Tensors, heads, quick_gelu: bool, tower: str = "text_mode
 
 
 def find_family(state: Tensors) -> str:
-    """The family of a single file; `CheckpointError` if it is of none."""
-    if any(key.startswith("cond_stage_model.transformer.token_emb.") for key in state):
+    """Return the family of a single file. Raises `CheckpointError` if it is of none."""
+
+    def has(*starts: str) -> bool:
+        return any(key.startswith(starts) for key in state)
+
+    if has("cond_stage_model.transformer.token_emb."):
         return "ldm"
-    if any(key.startswith("cond_stage_model.transformer.") for key in state):
-        return "sd1"
-    if any(key.startswith("cond_stage_model.model.") for key in state):
-        return "sd2"
-    if any(key.startswith("conditioner.embedders.1.model.") for key in state):
+    if has("conditioner.embedders.1."):
         return "sdxl"
+    if has("cond_stage_model.", "conditioner.embedders.0.") and has("model.diffusion_model."):
+        if has("model.diffusion_model.label_emb."):
+            raise CheckpointError(f"the refiner of SDXL, which is not supported; {EXPECTED}")
+        # Trap: the names of the text encoder do not tell, both families come in all layouts.
+        linear = state["model.diffusion_model.middle_block.1.proj_in.weight"].ndim == 2
+        return "sd2" if linear else "sd1"
+    for pattern, what in REFUSED.items():
+        if any(re.match(pattern, key) for key in state):
+            raise CheckpointError(f"{what}; {EXPECTED}")
     raise CheckpointError(f"not a text-to-image model, found {some(state)}; {EXPECTED}")
 
 
@@ -140,9 +94,8 @@ def read_single_file(path: Path, family: str | None) -> tuple[dict[str, Tensors]
     """LDM's or Stable Diffusion's own layout. EMA copies (`model_ema.`), the schedule's buffers
     and training leftovers are passed over, as in the original inference configuration."""
     state = open_state(path)
-    for start, what in REFUSED.items():
-        if any(key.startswith(start) for key in state):
-            raise CheckpointError(f"{what}, which is not supported; {EXPECTED}")
+    if any(key.startswith("edm_") for key in state):
+        raise CheckpointError(f"a model trained as EDM, which is not supported; {EXPECTED}")
     family = family or find_family(state)
     beside = settings_beside(path)
     number = {k: int(v) for k, v in beside.items() if v.isdigit()}
@@ -157,21 +110,37 @@ def read_single_file(path: Path, family: str | None) -> tuple[dict[str, Tensors]
         known["attention"] = dict(heads=number["num_heads"])
     heads = number.get("num_attention_heads"), number.get("heads")  # CLIP's, open_clip's
     known["text_heads"] = heads if family == "sdxl" else heads[0] or heads[1]
-    unet = part(state, "model.diffusion_model.")
-    autoencoder = part(state, "first_stage_model.")
-    autoencoder = {k: v for k, v in autoencoder.items() if not k.startswith("loss.")}
-    text = part(state, "cond_stage_model.")
+    # Empty tensors by which fine-tunes say what they are.
+    known["schedule"] = dict(zero_snr="ztsnr" in state)
+    known["prediction"] = "v" if "v_pred" in state else known["prediction"]
+    text = part(state, "cond_stage_model.") or part(state, "conditioner.embedders.0.")
     if family == "ldm":
-        text = {k: v for k, v in text.items() if ".to_logits." not in k}
         vocabulary = path.with_name("vocab.txt")
         known["vocabulary"] = vocabulary if vocabulary.is_file() else None
-    elif family == "sd1":
-        text = naming.text_from_transformers(part(text, "transformer."))
     elif family == "sdxl":
         text = naming.text_from_sdxl(part(state, "conditioner.embedders."))
     else:
-        text = naming.text_from_open_clip(part(text, "model."))
+        open_clip = part(text, "model.")
+        text = naming.clip_from_openai(open_clip) if open_clip else part(text, "transformer.")
+        text = naming.text_from_transformers(text)
+    if family == "sd2":
+        text = naming.text_up_to_penultimate(text, number.get("layers"))
+    unet = part(state, "model.diffusion_model.")
+    autoencoder = naming.vae_attention(part(state, "first_stage_model."))
+    for file in (path.with_name(f"{path.stem}.vae{ending}") for ending in (".safetensors", ".pt")):
+        if not autoencoder and file.is_file():
+            autoencoder, _ = read_autoencoder(file)
     return dict(unet=unet, autoencoder=autoencoder, text=text), known
+
+
+def read_autoencoder(path: Path) -> tuple[Tensors, dict]:
+    """Return the tensors and settings of an autoencoder by itself: a file in either layout, or a
+    folder as diffusers writes it."""
+    path = path / "vae" if (path / "vae").is_dir() else path
+    state, config = read_component(path) if path.is_dir() else (open_state(path), {})
+    state = part(state, "first_stage_model.") or state
+    diffusers = any("_blocks." in key for key in state)
+    return (naming.autoencoder_from_diffusers if diffusers else naming.vae_attention)(state), config
 
 
 def read_json(path: Path) -> dict:
@@ -181,12 +150,19 @@ def read_json(path: Path) -> dict:
 
 
 def read_component(folder: Path) -> tuple[Tensors, dict]:
-    """Weights and config.json of one subfolder of the diffusers layout, fp16 variants included."""
+    """Return weights and config.json of one subfolder of the diffusers layout: of the first variant
+    that is there, in one file or in shards that an index names."""
     names = ("diffusion_pytorch_model", "model", "pytorch_model")
-    endings = (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")
-    for path in (folder / (n + e) for e in endings for n in names):
-        if path.is_file():
-            return open_state(path), read_json(folder / "config.json")
+    for variant in ("", ".fp16", ".bf16", ".non_ema"):
+        for ending, name in ((e, n) for e in ("safetensors", "bin") for n in names):
+            files = [folder / f"{name}{variant}.{ending}"]
+            index = folder / f"{name}.{ending}.index{variant}.json"
+            if index.is_file():
+                shards = set(read_json(index)["weight_map"].values())
+                files = [folder / Path(shard).name for shard in sorted(shards)]
+            if files[0].is_file():
+                state = {k: v for file in files for k, v in open_state(file).items()}
+                return state, read_json(folder / CONFIG)
     raise CheckpointError(
         f"{folder}: no weights there, found {some(sorted(p.name for p in folder.glob('*')))}; "
         f"expected {names[0]}.safetensors or the like, as diffusers writes it"
@@ -194,12 +170,15 @@ def read_component(folder: Path) -> tuple[Tensors, dict]:
 
 
 def read_folder(path: Path, family: str | None) -> tuple[dict[str, Tensors], dict]:
-    """A folder of Stable Diffusion 1, 2 or XL as diffusers writes it."""
+    """Read a folder of Stable Diffusion 1, 2 or XL as diffusers writes it."""
+    if (path / "bert").is_dir():
+        raise CheckpointError("LDM as diffusers stores it; take its model.ckpt, or --model ldm")
     xl = (path / "text_encoder_2").exists()
     if xl and not (path / "text_encoder").exists():
         raise CheckpointError(f"the refiner of SDXL, which is not supported; {EXPECTED}")
     unet, config = read_component(path / "unet")
-    autoencoder, autoencoder_config = read_component(path / "vae")
+    there = (path / "vae").is_dir()
+    autoencoder, autoencoder_config = read_autoencoder(path / "vae") if there else ({}, {})
     text, text_config = read_component(path / "text_encoder")
     scheduler = read_json(path / "scheduler" / "scheduler_config.json")
     unet = naming.unet_from_diffusers(unet)
@@ -228,7 +207,6 @@ def read_folder(path: Path, family: str | None) -> tuple[dict[str, Tensors], dic
         known["attention"] = dict(heads=heads)
     merges = path / "tokenizer" / "merges.txt"
     known["vocabulary"] = merges if merges.is_file() else None
-    autoencoder = naming.autoencoder_from_diffusers(autoencoder)
     text = naming.text_from_transformers(text)
     if xl:
         second, config = read_component(path / "text_encoder_2")
@@ -239,7 +217,7 @@ def read_folder(path: Path, family: str | None) -> tuple[dict[str, Tensors], dic
 
 def read_bundled(path: Path) -> tuple[dict[str, Tensors], dict]:
     """A folder like that of the bundled model: an LDM with its sizes in config.json."""
-    config = read_json(path / "config.json")
+    config = read_json(path / CONFIG)
     if "norm_groups" not in config:
         raise CheckpointError(f"found {contents(path)}; {EXPECTED}")
     parts, known = read_single_file(path / "model.safetensors", "ldm")
@@ -284,6 +262,7 @@ def load_model(
     family: str | None = None,
     prediction: str | None = None,
     clip_skip: int = 1,
+    vae: str | Path | None = None,
 ) -> LatentDiffusion:
     """A text-to-image model from a public checkpoint, frozen, ready to invert and sample.
 
@@ -292,9 +271,10 @@ def load_model(
     "ldm"), which are downloaded once, or None for the bundled model. device, dtype: the best there
     are unless given; the text encoder stays in float32 whatever `dtype` is. family (one of
     `FAMILIES`) and prediction ("eps", "v") override what the file says. clip_skip: 2 takes the
-    text from the last layer but one, as some Stable Diffusion 1 fine-tunes were trained. Weights
-    that need no conversion stay in the file, mapped: replace it by renaming another, never by
-    writing into it. Raises `CheckpointError`, a ValueError, for anything but such a file.
+    text from the last layer but one, as some Stable Diffusion 1 fine-tunes were trained. vae: a
+    file or folder with another autoencoder. Weights that need no conversion stay in the file,
+    mapped: replace it by renaming another, never by writing into it. Raises `CheckpointError`, a
+    ValueError, for anything but such a file.
     """
     if family not in (None, *FAMILIES):
         raise ValueError(f"family {family!r} is not known; use {', '.join(FAMILIES)}")
@@ -305,6 +285,8 @@ def load_model(
     path = find(path, "model") if path is not None else BUNDLED
     with checking(path):
         path = checkpoint_in(path)
+        if path.name == "model.safetensors" and "norm_groups" in read_json(path.parent / CONFIG):
+            path = path.parent
         if not path.is_dir():
             parts, known = read_single_file(path, family)
         elif (path / "unet").is_dir():
@@ -312,6 +294,12 @@ def load_model(
         else:
             parts, known = read_bundled(path)
         known["prediction"] = prediction or known["prediction"]
+        if vae is not None:
+            parts["autoencoder"], config = read_autoencoder(find(vae, "vae"))
+            groups = known.get("groups", (32, 32))[0], config.get("norm_num_groups", 32)
+            known["groups"] = groups
+        elif not parts["autoencoder"]:
+            raise CheckpointError("it has no autoencoder; give one with --vae PATH")
         if clip_skip not in ((1, 2) if known["family"] == "sd1" else (1,)):
             raise CheckpointError(f"clip skip is {clip_skip}; use 2 with some SD 1 models, else 1")
         return assemble(parts, device, dtype, clip_skip=clip_skip, **known)
@@ -349,7 +337,8 @@ def assemble(
             f"its UNet takes {takes} channels, its latents have {has}; inpainting, depth and "
             "upscaling models are not supported"
         )
-    text_encoder = load_text_encoder(family, parts["text"], text_heads, device)
+    text = parts["text"] if family == "ldm" else without_added_words(parts["text"], vocabulary)
+    text_encoder = load_text_encoder(family, text, text_heads, device)
     stored = parts["unet"]["out.2.weight"].dtype
     unet = filled(UNet, unet_sizes, parts["unet"], dtype, device)
     model = LatentDiffusion(
@@ -384,7 +373,8 @@ def filled(kind: type[nn.Module], config, state: Tensors, dtype, device) -> nn.M
     with torch.device("meta"):
         module = kind(config)
     wanted = module.state_dict()
-    missing, left = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    missing = sorted(wanted.keys() - state.keys())
+    left = sorted(k for k in state.keys() - wanted.keys() if not NEEDLESS.match(k))
     wrong = [k for k in wanted if k in state and state[k].shape != wanted[k].shape]
     if missing or left or wrong:
         raise CheckpointError(
@@ -408,6 +398,22 @@ def load_text_encoder(family: str, state: Tensors, heads, device) -> nn.Module:
         return filled(SDXLTextEncoder, (first, second), state, torch.float32, device)
     config = text_config(state, heads, quick_gelu=family == "sd1")
     return filled(CLIPTextEncoder, config, state, torch.float32, device)
+
+
+def without_added_words(text: Tensors, vocabulary: Path | None) -> Tensors:
+    """Return CLIP's text encoder without rows of its table that an earlier inversion has added.
+    Warns of them."""
+    key = next(k for k in text if k.endswith(("token_table", "token_embedding.weight")))
+    known = CLIPTokenizer.load(vocabulary).vocab_size
+    if len(text[key]) <= known:
+        return text
+    added = read_json(vocabulary.with_name("added_tokens.json")) if vocabulary else {}
+    names = ", ".join(name for name, i in added.items() if i >= known)
+    warnings.warn(
+        f"the text encoder has {len(text[key]) - known} more words than its vocabulary"
+        f"{f' ({names})' if names else ''}; they are passed over, give their files to --concept"
+    )
+    return text | {key: text[key][:known]}
 
 
 def load_tokenizer(family: str, config: BertConfig | TextConfig, vocabulary: Path | None):
@@ -466,21 +472,10 @@ def load_clip(path: str | Path | None = None) -> CLIP:
     path = find(path, "clip") if path is not None else BUNDLED / "clip.safetensors"
     try:
         with checking(path, CLIP_EXPECTED):
-            folder = (path / "config.json").is_file()
+            folder = (path / CONFIG).is_file()
             return assemble_clip(read_component(path)[0] if folder else open_state(path), path)
     except CheckpointError as error:
         raise CheckpointError(str(error).replace(EXPECTED, CLIP_EXPECTED)) from error
-
-
-def vision_config(state: Tensors, heads: int | None, quick_gelu: bool) -> VisionConfig:
-    """As `text_config`, of the image tower."""
-    width, _, patch, _ = state["vision_model.embeddings.patch_embedding.weight"].shape
-    positions = state["vision_model.embeddings.position_embedding.weight"].shape[0]
-    heads = heads or max(1, width // 64)
-    check_heads(width, heads)
-    layers = count(state, r"vision_model\.encoder\.layers\.(\d+)\.")
-    side = math.isqrt(positions - 1) * patch
-    return VisionConfig(width, layers, heads, quick_gelu, image_size=side, patch_size=patch)
 
 
 def assemble_clip(state: Tensors, path: Path) -> CLIP:
@@ -495,7 +490,7 @@ def assemble_clip(state: Tensors, path: Path) -> CLIP:
             )
         state = naming.towers_from_openai(state)
     else:
-        settings = read_json((path if path.is_dir() else path.parent) / "config.json")
+        settings = read_json((path if path.is_dir() else path.parent) / CONFIG)
     for key in ("visual_projection.weight", "text_projection.weight"):
         if key not in state:
             raise CheckpointError(f"has no {key}, found {some(state)}; {CLIP_EXPECTED}")

@@ -115,7 +115,9 @@ def open_state(path: Path) -> dict[str, Tensor]:
             content = content["state_dict"]
         if not isinstance(content, dict):
             raise CheckpointError(f"holds no table of tensors; {EXPECTED}")
-        return tensors_in(content)
+        if not (tensors := tensors_in(content)):
+            raise CheckpointError(f"holds no tensors but {some(map(str, content))}; {EXPECTED}")
+        return tensors
 
 
 def tensors_in(table: dict) -> dict[str, Tensor]:

@@ -61,6 +61,8 @@ VAE_NAMES = {
     "mid_block.resnets.1": "mid.block_2",
     "mid_block.attentions.0": "mid.attn_1",
     "resnets": "block",
+}
+VAE_ATTENTION = {
     "group_norm": "norm",
     "to_q": "q",
     "to_k": "k",
@@ -72,6 +74,7 @@ VAE_NAMES = {
     "value": "v",
     "proj_attn": "proj_out",
 }
+OPEN_CLIP_LAYERS = {1024: 24, 1280: 32}  # by width: ViT-H and ViT-bigG
 # open_clip's and OpenAI's names to those of `transformers`
 CLIP_NAMES = {
     "resblocks": "layers",
@@ -118,7 +121,7 @@ def unet_from_diffusers(state: Tensors) -> Tensors:
 
 
 def autoencoder_from_diffusers(state: Tensors) -> Tensors:
-    """The decoder's levels are counted from the other end; 1x1 convolutions come as matrices."""
+    """The decoder's levels are counted from the other end."""
     levels = count(state, r"decoder\.up_blocks\.(\d+)\.")
 
     def level(match: re.Match) -> str:
@@ -128,10 +131,17 @@ def autoencoder_from_diffusers(state: Tensors) -> Tensors:
     def name(key: str) -> str:
         return rename(re.sub(r"(down|up)_blocks\.(\d+)\.", level, key), VAE_NAMES)
 
-    renamed = {name(k): v for k, v in state.items()}
-    for key, v in renamed.items():
-        if ".attn_1." in key and v.ndim == 2:
-            renamed[key] = v[:, :, None, None]
+    return vae_attention({name(k): v for k, v in state.items()})
+
+
+def vae_attention(state: Tensors) -> Tensors:
+    """Return the autoencoder's tensors with the attention's names as CompVis has them, which other
+    programs change in single files too. Its 1x1 convolutions may come as matrices."""
+    renamed: Tensors = {}
+    for key, v in state.items():
+        if ".attn_1." in key:
+            key, v = rename(key, VAE_ATTENTION), v[:, :, None, None] if v.ndim == 2 else v
+        renamed[key] = v
     return renamed
 
 
@@ -153,35 +163,41 @@ def clip_from_openai(state: Tensors) -> Tensors:
 
 
 def text_from_transformers(state: Tensors) -> Tensors:
-    """CLIP's text tower under `text_model.`, which some files leave out; no position_ids."""
-    state = {k: v for k, v in state.items() if not k.endswith("position_ids")}
-    outside = ("text_model.", "text_projection.")
-    return {k if k.startswith(outside) else f"text_model.{k}": v for k, v in state.items()}
+    """CLIP's text tower under `text_model.`, which some files leave out."""
+    towers = ("embeddings.", "encoder.", "final_layer_norm.")
+    return {f"text_model.{k}" if k.startswith(towers) else k: v for k, v in state.items()}
 
 
-def text_from_open_clip(state: Tensors) -> Tensors:
-    """SD 2's text encoder. Its last block is left out: the model takes the one before."""
-    last = count(state, r"transformer\.resblocks\.(\d+)\.") - 1
-    unused = ("text_projection", "logit_scale")
-    tower = {k: v for k, v in state.items() if f".resblocks.{last}." not in k and k not in unused}
-    return text_from_transformers(clip_from_openai(tower))
+def text_up_to_penultimate(state: Tensors, layers: int | None) -> Tensors:
+    """Return SD 2's text encoder without its last block: the model takes the one before.
+
+    Trap: many files have lost the last block already. layers: of the full encoder, if that is
+    known; else a file is full if it has what only the last block is needed for.
+    """
+    width = state["text_model.final_layer_norm.weight"].shape[0]
+    there = count(state, r"text_model\.encoder\.layers\.(\d+)\.")
+    full = any(k.startswith(("text_projection", "logit_scale")) for k in state)
+    layers = OPEN_CLIP_LAYERS.get(width) or layers or (there if full else there + 1)
+    last = f"text_model.encoder.layers.{layers - 1}."
+    return {k: v for k, v in state.items() if not k.startswith(last)}
 
 
 def text_from_sdxl(state: Tensors) -> Tensors:
     """SDXL's text encoders from a single file; open_clip's projection multiplies from the right."""
     second = part(state, "1.model.")
     second["text_projection.weight"] = second.pop("text_projection").T
-    second.pop("logit_scale", None)
     return side_by_side(part(state, "0.transformer."), clip_from_openai(second))
 
 
 def side_by_side(first: Tensors, second: Tensors) -> Tensors:
     """CLIP-L and bigG in the names of `transformers`, as one encoder with one table of tokens."""
     first, second = text_from_transformers(first), text_from_transformers(second)
+    first.pop("text_projection.weight", None)  # of CLIP-L, which is not used
     state = {k.replace("text_model", "clip_l"): v for k, v in first.items()}
     state |= {k.replace("text_model", "clip_g"): v for k, v in second.items()}
     tables = [state.pop(f"{t}.embeddings.token_embedding.weight") for t in ("clip_l", "clip_g")]
-    return state | {"token_table": torch.cat(tables, dim=1)}
+    rows = min(map(len, tables))  # one of them may have words of an earlier inversion
+    return state | {"token_table": torch.cat([table[:rows].float() for table in tables], dim=1)}
 
 
 def towers_from_openai(state: Tensors) -> Tensors:
