@@ -110,9 +110,6 @@ def read_single_file(path: Path, family: str | None) -> tuple[dict[str, Tensors]
         known["attention"] = dict(heads=number["num_heads"])
     heads = number.get("num_attention_heads"), number.get("heads")  # CLIP's, open_clip's
     known["text_heads"] = heads if family == "sdxl" else heads[0] or heads[1]
-    # Empty tensors by which fine-tunes say what they are.
-    known["schedule"] = dict(zero_snr="ztsnr" in state)
-    known["prediction"] = "v" if "v_pred" in state else known["prediction"]
     text = part(state, "cond_stage_model.") or part(state, "conditioner.embedders.0.")
     if family == "ldm":
         vocabulary = path.with_name("vocab.txt")
