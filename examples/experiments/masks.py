@@ -8,6 +8,7 @@ Printed for each set and run: `leak`, the share of the samples' outermost pixels
 samples to prompts that ask for another background; and to the thing alone, cut out by the masks.
 """
 
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,7 @@ def main(argv=None) -> None:
         masks = [Image.open(folder / f"{i}.mask.png") for i in range(len(pictures))]
         white = Image.new("RGB", pictures[0].size, "white")
         things = scorer.images([Image.composite(p, white, m) for p, m in zip(pictures, masks)])
-        for masked, seed in ((m, s) for m in (False, True) for s in range(args.seeds)):
+        for seed, masked in product(range(args.seeds), (False, True)):
             setup = f"one background {'masked ' * masked}{seed}"
             given = dict(images=folder, masked=masked, seed=seed, init_word=CONCEPTS[name])
             word = workspace.word(name, setup, placeholder=f"<{name}>", **given)
