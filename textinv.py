@@ -25,6 +25,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -37,7 +38,15 @@ from tqdm import tqdm
 
 from models.checkpoint import FAMILIES, load_model
 from models.concepts import FORMATS, Concept, default_format, load_concept, load_concepts, words_in
-from models.files import free_png, free_target, out_of_memory, text_lines, write_png
+from models.files import (
+    Output,
+    free_png,
+    free_target,
+    out_of_memory,
+    shortened,
+    text_lines,
+    write_png,
+)
 from models.images import Images, NotFinite, find_images, grid, open_image, prepare_images, to_pil
 from models.latent_diffusion import LatentDiffusion
 from models.runs import STOP_EVERY, Run, State, converged
@@ -465,6 +474,13 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 class Parser(argparse.ArgumentParser):
+    def parse_known_args(self, args=None, namespace=None):
+        """Refuse an unknown option here, in the parser of its verb, whose help lists the others."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unknown arguments: {' '.join(unknown)}")
+        return found, unknown
+
     def error(self, message: str):  # argparse itself prints many lines of usage and exits
         raise ValueError(f"{message}; see {self.prog} --help")
 
@@ -472,25 +488,26 @@ class Parser(argparse.ArgumentParser):
 def exit_status(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> int:
     """Run what the arguments ask for; return 0, or 2 with one line on standard error for a user's
     mistake, or 130 after Ctrl-C. Warnings become notes, each said once."""
-    say = cache(lambda text: print(f"note: {text}", file=sys.stderr))
-    warnings.showwarning = lambda message, *_: say(str(message))
-    try:
-        args = parser.parse_args(argv)
-        return args.run(args) or 0
-    except (ValueError, OSError) as error:
-        reason = str(error)
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        reason = (
-            "out of memory; what helps: --precision bf16, a smaller -n, --size or --batch-size, "
-            "--gradient-checkpointing, --preview-every 0, --device cpu"
-        )
-    except KeyboardInterrupt:
-        print("textinv: stopped", file=sys.stderr)
-        return 130
-    print(f"textinv: {' '.join(reason.split())}", file=sys.stderr)
-    return 2
+    with redirect_stdout(Output(sys.stdout)), redirect_stderr(Output(sys.stderr)):
+        say = cache(lambda text: print(f"note: {text}", file=sys.stderr))
+        warnings.showwarning = lambda message, *_: say(str(message))
+        try:
+            args = parser.parse_args(argv)
+            return args.run(args) or 0
+        except (ValueError, OSError) as error:
+            reason = str(error)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            reason = (
+                "out of memory; what helps: --precision bf16, a smaller -n, --size or "
+                "--batch-size, --gradient-checkpointing, --preview-every 0, --device cpu"
+            )
+        except KeyboardInterrupt:
+            print("textinv: stopped", file=sys.stderr)
+            return 130
+        print(f"textinv: {' '.join(reason.split())}", file=sys.stderr)
+        return 2
 
 
 def load_for(args: argparse.Namespace) -> LatentDiffusion:
@@ -554,8 +571,9 @@ def target_of(args: argparse.Namespace) -> tuple[Path, str]:
     "my cat" becomes <my-cat>."""
     source = Path(args.images).resolve()
     name = Path(args.out).stem if args.out else source.stem if source.is_file() else source.name
-    out = Path(args.out or f"{name}.safetensors")
+    out = Path(args.out or f"{shortened(name, 200)}.safetensors")
     default_format(out.suffix)  # raises if words are not written with this ending
+    free_target(out, overwrite=True)  # raises if nothing can be written there
     if source.is_dir() and out.resolve().parent == source:
         raise ValueError(
             f"{out} lies among the pictures to learn from, and so would the previews; write it "
@@ -601,7 +619,7 @@ def read_lines(path: Path) -> list[str]:
         lines = text_lines(path)
     except OSError as error:
         raise ValueError(
-            f"{path}: no text with one template per line ({error}); --templates takes "
+            f"{str(path)!r}: {error.strerror or error}; --templates takes "
             f"{', '.join(TEMPLATES)}, captions (cat.txt beside cat.jpg), a file, 'a photo of {{}}'"
         ) from None
     for line in lines or [""]:

@@ -16,7 +16,7 @@ import secrets
 import shutil
 import zipfile
 from collections.abc import Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import BinaryIO
@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 ZIP = b"PK\x03\x04"  # how files of torch.save begin
+NAME_SIZE = 255  # bytes of a file's name, which file systems allow
 BEFORE_1_6 = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # and of torch before 1.6
 EXPECTED = (
     "expected an LDM or a Stable Diffusion 1, 2 or XL checkpoint (.ckpt or .safetensors), or a "
@@ -195,8 +196,42 @@ def tensors_of_modules(module: Stub) -> dict[str, object]:
     return state
 
 
+class Output:
+    """A stream such as standard output, which ends nothing: what it cannot show is replaced, and
+    what nobody reads any more is dropped."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # Python's stream is None where it is closed
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:  # a closed pipe, a full disk: what is left in the buffer goes nowhere
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        except (ValueError, RuntimeError):  # closed; written to within a signal's handler
+            pass
+        return len(text)
+
+    def flush(self) -> None:
+        """Do nothing: `write` does it."""
+
+
+def shortened(name: str, size: int) -> str:
+    """Return a file's name cut to `size` bytes."""
+    return os.fsencode(name)[:size].decode(errors="ignore")
+
+
 def free_target(path: Path, overwrite: bool) -> Path:
     """Return the path after checking that it can be written, before any work starts."""
+    if len(os.fsencode(path.name)) > NAME_SIZE:
+        raise ValueError(f"{path.name}: the name is too long; {NAME_SIZE} bytes are possible")
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is a folder or a device; give the name of a file")
     if path.exists() and not overwrite:
@@ -210,7 +245,9 @@ def free_target(path: Path, overwrite: bool) -> Path:
 def free_png(path: str | Path, overwrite: bool) -> Path:
     """Return the path of a PNG file after checking that it can be written."""
     if Path(path).suffix.lower() != ".png":
-        raise ValueError(f"{path} is not a .png file; pictures are written as PNG with settings")
+        raise ValueError(
+            f"{str(path)!r} is not a .png file; pictures are written as PNG with settings"
+        )
     return free_target(Path(path), overwrite)
 
 
@@ -220,7 +257,7 @@ def write_file(path: str | Path, content: bytes, overwrite: bool = False) -> Non
     Raises ValueError where the target exists or cannot be written.
     """
     path = free_target(Path(path), overwrite)
-    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".{shortened(path.name, 200)}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as file:
@@ -280,11 +317,13 @@ def short_hash(path: Path) -> str:
 
 
 def text_lines(path: str | Path) -> list[str]:
-    """Return the lines of a text file that are not empty. Raises OSError if it is not readable."""
+    """Return the lines of a text file, UTF-8 or UTF-16, that are not empty. Raises OSError if it is
+    not readable."""
     try:
-        lines = Path(path).read_text("utf-8-sig").splitlines()
+        content = Path(path).read_bytes()
+        lines = content.decode("utf-16" if b"\0" in content else "utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise OSError(f"{path}: no UTF-8 text ({error}); save it as UTF-8") from None
+        raise OSError(f"no text in UTF-8 or UTF-16 ({error}); save it as UTF-8") from None
     return [line for line in lines if line.strip()]
 
 

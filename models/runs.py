@@ -32,7 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .concepts import Concept
-from .files import write_file, write_png, write_table
+from .files import shortened, write_file, write_png, write_table
 
 # Early stopping (Voronov et al. 2023, "Is This Loss Informative?", arXiv:2302.04841): the loss of a
 # new batch depends on its timesteps more than on the word, so every STOP_EVERY steps it is measured
@@ -116,12 +116,13 @@ class Run:
 
     def __init__(self, out: Path, settings: dict):
         self.out = out
+        self.stem = shortened(out.stem, 200)  # leaves room for the endings
         self.settings = settings
         self.rows: list[dict] = []
 
     def path(self, ending: str) -> Path:
         """`cat.csv` beside `cat.safetensors`, for the ending "csv"."""
-        return self.out.with_name(f"{self.out.stem}.{ending}")
+        return self.out.with_name(f"{self.stem}.{ending}")
 
     def look(self, resume: bool, overwrite: bool) -> dict[str, Tensor] | None:
         """The state to go on from, or None at the beginning. Writes nothing.
@@ -145,7 +146,7 @@ class Run:
 
     def files(self) -> list[Path]:
         """What there is of the files that a run of this name writes."""
-        beside, suffix = glob.escape(self.out.stem), self.out.suffix
+        beside, suffix = glob.escape(self.stem), self.out.suffix
         own = f"json csv state inputs.png step-[0-9]*.png image-[0-9]*{suffix}".split()
         found = [p for name in own for p in self.out.parent.glob(f"{beside}.{name}")]
         return [self.out] * self.out.exists() + found
@@ -153,7 +154,7 @@ class Run:
     def begin(self, anew: bool) -> None:
         """Write the settings, before the first step. `anew` removes another run's files, but not
         the word, which the first save replaces."""
-        for path in self.out.parent.glob(f".{glob.escape(self.out.stem)}.*.tmp"):
+        for path in self.out.parent.glob(f".{glob.escape(self.stem)}.*.tmp"):
             path.unlink()  # what a killed process left
         for path in self.files() if anew else ():
             if path != self.out:
@@ -170,7 +171,8 @@ class Run:
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"{path}: not a run's settings ({error}); use --overwrite") from None
         for key, now in json.loads(json.dumps(self.settings)).items():
-            if began.get(key) != now and key != "steps":
+            # The fingerprint tells what the model is, whatever the name of its file.
+            if began.get(key) != now and key not in ("steps", "model"):
                 raise ValueError(
                     f"{path}: the run began with {key} {began.get(key)!r}, now it is {now!r}; "
                     "give what it began with, or start over with --overwrite"
@@ -263,6 +265,7 @@ def interruptible() -> Iterator[list[int]]:
         if asked:
             raise KeyboardInterrupt
         asked.append(number)
+        print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
 
     before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import os
 import re
 import shlex
 import shutil
@@ -513,3 +514,35 @@ def test_show_prompts_in_chunks_with_their_weights(capsys, monkeypatch):
     assert said.count("note: ") == 3 and "embedding:y is no learnt word" in said
     monkeypatch.setattr(textinv, "load_for", None)
     assert "'1,2' is no weight" in mistake(capsys, *show, "(<cat>:1,2)")
+
+
+@pytest.mark.parametrize("way", ["ascii", "cp1252", "| head -1", "2>&1 | head -1", ">&-", "2>&-"])
+def test_output_that_nobody_sees_ends_nothing(tmp_path, way):
+    """Characters that the terminal lacks, a closed pipe, closed streams."""
+    learn = [*LEARN, "--steps", "1", "--preview-every", "0", "--out", "고양이.safetensors"]
+    command = shlex.join([sys.executable, str(ROOT / "textinv.py"), *learn])
+    encoding = dict(PYTHONIOENCODING=way) if way.isalnum() else {}
+    command += "" if encoding else f" {way}"
+    environment = os.environ | encoding
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"], cwd=tmp_path, env=environment
+    )
+    assert done.returncode == 0
+    assert (tmp_path / "고양이.safetensors").exists() and (tmp_path / "고양이.state").exists()
+
+
+@pytest.mark.parametrize("name", ["猫" * 80, "é" * 120, "a" * 243])
+def test_names_are_cut_by_bytes(tmp_path, capsys, name):
+    out = tmp_path / f"{name}.safetensors"
+    learn = [*LEARN, "--steps", "2", "--preview-every", "1", "--placeholder", "<m>"]
+    learn += ["--per-image", "--save-image-words"]
+    assert textinv.main([*learn, "--out", str(out)]) == 0
+    assert out.exists() and len([*tmp_path.iterdir()]) == 11
+    assert textinv.main([*learn, "--out", str(out), "--resume"]) == 0
+    long = tmp_path / f"{name}123.safetensors"
+    if len(os.fsencode(long.name)) > 255:
+        assert "the name is too long" in mistake(capsys, *learn, "--out", long)
+
+
+def test_an_unknown_option_points_to_the_help_of_its_verb(capsys):
+    assert "see textinv.py sample --help" in mistake(capsys, "sample", "a", "--guidence", "3")

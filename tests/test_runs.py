@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,14 +105,16 @@ def test_killed_at_random_moments_it_resumes_to_the_same_bits(tmp_path, full):
     assert not list(parts.parent.glob(".*"))  # what the killed left is gone
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, number):
     out = tmp_path / "m.safetensors"
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     process = start("--steps", "5000", "--out", str(out), **pipes)
     while not out.exists() and process.poll() is None:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     text = process.communicate()[0]
+    assert "stopping after this step" in text
     assert process.returncode == 130
     assert "continue with: python" in text and "--resume" in text
     step = int(textinv.load_concept(out).metadata["steps"])
@@ -127,3 +130,19 @@ def test_a_second_ctrl_c_does_not_wait():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
+
+
+def test_a_run_goes_on_when_its_checkpoint_was_renamed(tmp_path):
+    """Under another name, and in the other layout; another model is refused."""
+    golden, out = ROOT / "tests" / "golden" / "tiny", str(tmp_path / "m.safetensors")
+    renamed = tmp_path / "other.safetensors"
+    for path in (golden / "sd2").glob("*.*"):
+        shutil.copy(path, tmp_path / path.name.replace("model", "other"))
+    learn = ["invert", str(MUSHROOM), "--init-word", "a", "--device", "cpu", *SMALL, "--out", out]
+    learn += ["--size", "64", "--prediction", "v", "--steps"]
+    for steps, model in enumerate((golden / "sd2" / "model.safetensors", renamed), 1):
+        assert textinv.main([*learn, str(steps), "--model", str(model), "--resume"]) == 0
+        assert textinv.load_concept(out).metadata["steps"] == str(steps)
+    assert textinv.main([*learn, "3", "--model", str(golden / "sd2/diffusers"), "--resume"]) == 0
+    other = str(golden / "sd1" / "model.ckpt")
+    assert textinv.main([*learn, "4", "--model", other, "--resume"]) == 2
