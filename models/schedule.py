@@ -174,13 +174,14 @@ class Schedule:
 
         Each step is DDIM's (with eta, DPM-Solver++(2M) SDE's) with another x_0: extrapolated from
         the last two predictions to the middle of the step in log sigma. Noise levels sigma =
-        sqrt((1 - a) / a) are even in sigma^(1/7) [6, eq. 5]. Trap: with zero_snr the first of them
-        is infinite (2^-24 stands for a_t) and most would be noise alone, so timesteps are DDIM's.
+        sqrt((1 - a) / a) are even in sigma^(1/7) [6, eq. 5]. Trap: with zero_snr (and cosine betas)
+        the first is infinite (2^-24 stands for a_t) or nearly so, and most would be noise alone;
+        there the timesteps are DDIM's.
         """
         times = self.ddim_timesteps(steps)  # raises for steps out of range
         table = (1 / self.alphas_cumprod.clamp(min=2**-24) - 1).sqrt()
         sigmas = table[times]
-        if not self.zero_snr:
+        if table[-1] < 100:
             ends = table ** (1 / 7)
             sigmas = torch.linspace(ends[-1], ends[0], steps, dtype=torch.float64) ** 7
             times = (sigmas.log()[:, None] - table.log()).abs().argmin(1).tolist()

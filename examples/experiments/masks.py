@@ -15,7 +15,7 @@ import numpy as np
 import repository  # noqa: F401
 from common import CONCEPTS, Workspace, cut_sheet, make_parser
 from evaluate import editability, reconstruction
-from PIL import Image
+from PIL import Image, ImageChops
 
 PLAIN = ("a photo of a {}", "a photo of the {}")
 OTHER = ("a photo of a {} on the beach", "a photo of a {} in the snow", "a photo of a {} at night")
@@ -35,20 +35,24 @@ def background(picture: Image.Image) -> np.ndarray:
     return terms @ np.linalg.lstsq(rim, edge(picture), rcond=None)[0]
 
 
-def write_set(name: str, folder: Path) -> list[Image.Image]:
-    """Write the five pictures with one background, and their masks."""
+def write_set(name: str, folder: Path, colour: str | None) -> list[Image.Image]:
+    """Write the five pictures with one background, or before a colour instead, and their masks."""
     folder.mkdir(parents=True, exist_ok=True)
     pictures = cut_sheet(f"{name}.png")[25:30]
     for i, picture in enumerate(pictures):
         differs = np.abs(np.asarray(picture) / 255 - background(picture)).max(-1) > 0.06
+        mask = Image.fromarray(differs).convert("L")
+        mask.save(folder / f"{i}.mask.png")
+        if colour:
+            picture.paste(colour, mask=ImageChops.invert(mask))
         picture.save(folder / f"{i}.png")
-        Image.fromarray(differs).convert("L").save(folder / f"{i}.mask.png")
     return pictures
 
 
 def main(argv=None) -> None:
     parser = make_parser(__doc__, samples=16)
     parser.add_argument("--sets", nargs="+", default=["teddy", "mushroom"])
+    parser.add_argument("--background", help="a colour to put behind the things, such as magenta")
     parser.add_argument("--seeds", type=int, default=2)
     args = parser.parse_args(argv)
     workspace = Workspace.open(args)
@@ -56,7 +60,7 @@ def main(argv=None) -> None:
     print("| set | masked | seed | leak, plain | leak, others | editability | the thing |")
     for name in args.sets:
         folder = workspace.out / "masks" / name
-        pictures = write_set(name, folder)
+        pictures = write_set(name, folder, args.background)
         colours = np.stack([edge(picture).mean(0) for picture in pictures])
         masks = [Image.open(folder / f"{i}.mask.png") for i in range(len(pictures))]
         white = Image.new("RGB", pictures[0].size, "white")
