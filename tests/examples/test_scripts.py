@@ -245,6 +245,25 @@ def test_steps_measures_runs_of_several_lengths(out, monkeypatch, capsys):
     assert "against ours" in capsys.readouterr().out
 
 
+def test_more_steps_of_a_sampler_come_nearer(out):
+    run("samplers", out)
+    rows = list(csv.DictReader((out / "samplers.csv").read_text().splitlines()))
+    mean = {(row["sampler"], int(row["steps"])): float(row["mean"]) for row in rows}
+    assert mean["dpm++", 20] < mean["dpm++", 14] < mean["dpm++", 10] < 0.1
+    assert mean["ddim", 50] < mean["ddim", 20]
+
+
+def test_masks_are_white_where_the_thing_is(out, capsys):
+    run("masks", out, "--sets", "teddy", "--seeds", "1")
+    assert [line[:16] for line in capsys.readouterr().out.splitlines() if "| 0 |" in line] == [
+        "| teddy | False ",
+        "| teddy | True |",
+    ]
+    for i in range(5):
+        white = np.asarray(Image.open(out / "masks" / "teddy" / f"{i}.mask.png")) > 0
+        assert white[40, 32] and not white[[0, -1], [0, -1]].any() and 0.3 < white.mean() < 0.6
+
+
 def test_training_sets_are_of_the_sizes_that_they_say(out, monkeypatch):
     import training_set
 
