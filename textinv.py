@@ -47,7 +47,17 @@ from models.files import (
     text_lines,
     write_png,
 )
-from models.images import Images, NotFinite, find_images, grid, open_image, prepare_images, to_pil
+from models.images import (
+    Images,
+    NotFinite,
+    find_images,
+    grid,
+    open_image,
+    prepare_images,
+    to_pil,
+    warn_of_photographs,
+    written_templates,
+)
 from models.latent_diffusion import LatentDiffusion
 from models.runs import STOP_EVERY, Run, State, converged
 from models.schedule import SAMPLERS, sampler_of
@@ -161,7 +171,7 @@ def train(
     model: LatentDiffusion,
     images: Images | Tensor,
     init_word: str,
-    placeholder: str = "<s>",
+    placeholder: str | None = None,
     vectors: int = 1,
     steps: int | None = None,
     batch_size: int | None = None,
@@ -212,6 +222,8 @@ def train(
     """
     steps, batch_size, lr = hyperparameters(model, steps, batch_size, lr)
     check_setup(vectors, weight_decay, regularize, progressive, stop, seed)
+    if placeholder is None:  # the name of a folder, as on the command line
+        placeholder = named_after(images) if isinstance(images, (str, Path)) else "<s>"
     model.check_placeholder(placeholder)
     start = initial_vectors(model, init_word, vectors)
     pixels = images if isinstance(images, Tensor) else prepare_images(images, model.size, masked)
@@ -257,10 +269,11 @@ def train(
         raise ValueError(f"the run is over after {state.step} steps; ask for more, or start over")
     scale = 2.0**12 if model.dtype == torch.float16 else 1.0
     fixed_loss = fixed_loss if stop == "auto" else None
-    return training(state, loss_of, fixed_loss, progressive, scale, on_gradients)
+    usual_norm = model.text_encoder.token_table.float().norm(dim=1).median().item()
+    return training(state, loss_of, fixed_loss, progressive, scale, on_gradients, usual_norm)
 
 
-def training(state: State, loss_of, fixed_loss, progressive, scale, on_gradients):
+def training(state: State, loss_of, fixed_loss, progressive, scale, on_gradients, usual_norm):
     """Yield the state after each remaining step of `train`, whose closures and options these are.
 
     Trap: in fp16 the gradient of the loss, which is divided by the number of latents, is too small
@@ -281,6 +294,13 @@ def training(state: State, loss_of, fixed_loss, progressive, scale, on_gradients
             on_gradients(loss, gradients)
         check_finite(step, gradients, parts)
         state.optimizer.step()
+        norm = word.vectors.detach().norm(dim=1).max()
+        if norm > 50 * usual_norm:
+            warnings.warn(
+                f"step {step}: the word's norm is {norm:.0f}, that of the model's own words "
+                f"{usual_norm:.2f}: useless in prompts; start over with a lower lr (--lr)"
+            )
+            usual_norm = math.inf  # said once
         word.metadata["steps"] = str(step)
         state = replace(state, step=step, loss=loss, concept=words[0], fixed_loss=None)
         if fixed_loss and step % STOP_EVERY == 0:
@@ -318,7 +338,8 @@ def check_setup(vectors, weight_decay, regularize, progressive, stop, seed) -> N
         raise ValueError(f"stop {stop!r} is not known; use {', '.join(STOPS)}")
     if progressive and (vectors, stop) != (3, "never"):
         raise ValueError(
-            f"progressive training ends with 3 vectors, not with {vectors}, and not by stop 'auto'"
+            "progressive training ends with 3 vectors, after all of its steps: leave out vectors "
+            "(--vectors) and stop (--stop)"
         )
 
 
@@ -393,9 +414,14 @@ def training_set(model: LatentDiffusion, pixels: Tensor, flip: bool) -> tuple:
     return mean, std, weight, [*range(len(pixels))] * (1 + flip)
 
 
-def invert(model: LatentDiffusion, images: Images, init_word: str, **options) -> Concept:
-    """Return the learnt word after the last step of `train`; same arguments."""
-    for state in train(model, images, init_word, **options):
+def invert(
+    model: LatentDiffusion, images: Images, init_word: str, progress: bool = False, **options
+) -> Concept:
+    """Return the learnt word after the last step of `train`; same arguments, and a bar of
+    `progress` if that is asked for."""
+    states = train(model, images, init_word, **options)
+    total = hyperparameters(model, options.get("steps"), None, None)[0]
+    for state in tqdm(states, total=total, unit="step", disable=not progress):
         pass
     return replace(state.concept, vectors=state.concept.vectors.detach())
 
@@ -470,6 +496,7 @@ def sample(
 
 # ============================================================================== the command line
 
+LOOKED_AT = 256  # pixels; smaller pictures are enlarged in grids
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -521,8 +548,13 @@ def load_for(args: argparse.Namespace) -> LatentDiffusion:
 def run_invert(args: argparse.Namespace) -> int:
     """learn a word from pictures"""
     out, placeholder = target_of(args)
-    check_range(1, save_every=args.save_every)
+    counts = {name: getattr(args, name) for name in ("steps", "batch_size", "size", "save_every")}
+    check_range(1, **{name: count for name, count in counts.items() if count is not None})
     check_range(0, preview_every=args.preview_every or 0)
+    check_range(1e-9, lr=1 if args.lr is None or args.lr in RATES else args.lr)
+    args.vectors = (3 if args.progressive else 1) if args.vectors is None else args.vectors
+    setup = "vectors weight_decay regularize progressive stop seed".split()
+    check_setup(**{name: getattr(args, name) for name in setup})
     if args.resume and args.overwrite:
         raise ValueError("--resume continues a run and --overwrite starts over; give one of them")
     if args.save_image_words and not args.per_image:
@@ -530,7 +562,10 @@ def run_invert(args: argparse.Namespace) -> int:
     if not args.init_word:
         raise ValueError("--init-word is missing: what the pictures show, in a word such as cat")
     paths = find_images(args.images)
-    templates, model = read_templates(args.templates, paths), load_for(args)
+    templates = read_templates(args.templates, paths, placeholder)
+    warn_of_photographs(paths, args.model is None)  # raises for damaged ones
+    model = load_for(args)
+    initial_vectors(model, args.init_word, 1)  # raises for a word that the model does not know
     ids = model.tokenizer.token_ids(args.init_word)
     print(f"init word {args.init_word!r}: {len(ids)} token(s), ids {ids}")
     if len(ids) > len(args.init_word.split()):
@@ -550,13 +585,18 @@ def run_invert(args: argparse.Namespace) -> int:
     options |= dict(gradient_checkpointing=args.gradient_checkpointing, resume=saved)
     states = train(model, pixels, **options)
     run.begin(anew=saved is None)
-    write_png(run.path("inputs.png"), grid(to_pil(pixels)), {"what": "what the model sees"}, True)
+    write_png(
+        run.path("inputs.png"),
+        grid(to_pil(pixels), least=LOOKED_AT),
+        {"what": "what the model sees"},
+        True,
+    )
     resumed = f", from step {done} on" if done else ""
     print(f"learning {placeholder} from {len(paths)} picture(s), {steps} steps{resumed}, to {out}")
 
     def preview(state: State) -> Image.Image:
         prompt = f"a photo of {placeholder}"
-        return grid(sample(model, prompt, [state.concept], n=4))
+        return grid(sample(model, prompt, [state.concept], n=4), least=LOOKED_AT)
 
     preview_every = max(1, steps // 3) if args.preview_every is None else args.preview_every
     state = run.follow(states, args.save_every, preview_every, preview, args.save_image_words)
@@ -564,6 +604,12 @@ def run_invert(args: argparse.Namespace) -> int:
         print(f"converged after {state.step} of {steps} steps")
     print(what_next(args, out, placeholder, state.over))
     return 0 if state.over else 130
+
+
+def named_after(path: str | Path) -> str:
+    """Return the placeholder called after a folder or a file: "my cat" becomes <my-cat>."""
+    path = Path(path).resolve()
+    return nfc(f"<{'-'.join((path.stem if path.is_file() else path.name).split())}>")
 
 
 def target_of(args: argparse.Namespace) -> tuple[Path, str]:
@@ -579,8 +625,12 @@ def target_of(args: argparse.Namespace) -> tuple[Path, str]:
             f"{out} lies among the pictures to learn from, and so would the previews; write it "
             f"elsewhere, for example --out {os.path.relpath(source.parent / out.name)}"
         )
-    default = nfc(f"<{'-'.join(name.split())}>")
-    return out, default if args.placeholder is None else args.placeholder
+    placeholder = named_after(name) if args.placeholder is None else args.placeholder
+    if not is_one_word(placeholder):
+        raise ValueError(
+            f"placeholder {placeholder!r} is empty or has a space in it; use one like <cat>"
+        )
+    return out, placeholder
 
 
 def training_options(args: argparse.Namespace, model: LatentDiffusion, templates) -> dict:
@@ -602,30 +652,9 @@ def fingerprints(model: LatentDiffusion, pixels: Tensor, options: dict) -> dict:
     return found | dict(progressive=options["steps"] if options["progressive"] else None)
 
 
-def read_templates(choice: str, pictures: Sequence[Path]) -> list[str] | list[list[str]]:
+def read_templates(choice: str, pictures: Sequence[Path], placeholder: str = "{}") -> list:
     """Return the prompts that --templates stands for, or a list of them for each picture."""
-    if choice in TEMPLATES:
-        return list(TEMPLATES[choice])
-    if "{}" in choice:
-        return [choice]
-    if choice == "captions":
-        return [read_lines(path.with_suffix(".txt")) for path in pictures]
-    return read_lines(Path(choice))
-
-
-def read_lines(path: Path) -> list[str]:
-    """Return the templates in a text file. Raises ValueError for a line without {}."""
-    try:
-        lines = text_lines(path)
-    except OSError as error:
-        raise ValueError(
-            f"{str(path)!r}: {error.strerror or error}; --templates takes "
-            f"{', '.join(TEMPLATES)}, captions (cat.txt beside cat.jpg), a file, 'a photo of {{}}'"
-        ) from None
-    for line in lines or [""]:
-        if "{}" not in line:
-            raise ValueError(f"{path}: {line[:60]!r} has no {{}} where the word goes")
-    return lines
+    return list(TEMPLATES.get(choice) or written_templates(choice, pictures, placeholder))
 
 
 def what_next(args: argparse.Namespace, out: Path, placeholder: str, over: bool) -> str:
@@ -647,7 +676,11 @@ def words_for(args: argparse.Namespace, prompts: Sequence[str]) -> list[Concept]
     known = [concept.placeholder for concept in concepts]
     texts = [without_weights(prompt, known) for prompt in prompts]  # raises for a faulty weight
     for word in known:
-        if not any(word in text for text in texts):
+        if known.count(word) > 1:
+            raise ValueError(
+                f"two words are called {word}; give one another name: --rename FILE='<another>'"
+            )
+        if texts and not any(word in text for text in texts):
             warnings.warn(f"{word} was loaded, but no prompt uses it")
     return concepts
 
@@ -658,6 +691,8 @@ def run_sample(args: argparse.Namespace) -> None:
     check_range(1, n=args.n)
     if not (prompts := args.texts + args.prompts):
         raise ValueError("no prompt given; give PROMPT in quotes, or --prompts FILE")
+    if Path(args.singles or "").suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
+        raise ValueError(f"--singles {args.singles} is a picture's name; give a folder")
     singles = [Path(args.singles or "") / f"{i:04d}.png" for i in range(args.n * len(prompts))]
     for path in singles if args.singles else ():
         if free_target(path, args.overwrite).resolve() == out.resolve():
@@ -679,7 +714,8 @@ def run_sample(args: argparse.Namespace) -> None:
                 write_png(singles[len(images)], image, text, args.overwrite)
             images.append(image)
     text = {"prompt": "\n".join(prompts), "settings": info | dict(n=args.n, seeds=seeds)}
-    write_png(out, grid(images, args.n if len(prompts) > 1 else None), text, args.overwrite)
+    sheet = grid(images, args.n if len(prompts) > 1 else None, least=LOOKED_AT)
+    write_png(out, sheet, text, args.overwrite)
     print(f"wrote {out}")
 
 
@@ -709,8 +745,8 @@ def run_show(args: argparse.Namespace) -> None:
     """look into a word, a model or a prompt"""
     if not (args.word_file or args.prompt or args.model):
         raise ValueError("nothing to show; give --word FILE, --model PATH or --prompt TEXT")
-    words = words_in([*args.concept, *filter(None, [args.word_file])], args.rename)
-    without_weights(args.prompt or "", [w.placeholder for w in words])  # raises for a faulty weight
+    args.concept = [*args.concept, *filter(None, [args.word_file])]
+    words = words_for(args, [args.prompt] if args.prompt else [])
     model = load_for(args)
     if args.prompt:
         show_prompt(args.prompt, words, model)

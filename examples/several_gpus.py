@@ -75,7 +75,7 @@ def invert(args: argparse.Namespace, rank: int, world: int) -> int:
     if not args.init_word:
         raise ValueError("--init-word is missing: what the pictures show, in a word such as cat")
     images = find_images(args.images)
-    templates = textinv.read_templates(args.templates, images)
+    templates = textinv.read_templates(args.templates, images, placeholder)
     model = textinv.load_for(args)
     options = textinv.training_options(args, model, templates) | dict(placeholder=placeholder)
     if options["batch_size"] < world:

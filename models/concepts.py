@@ -68,7 +68,7 @@ HARMFUL = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 clean = partial(HARMFUL.sub, "?")
 
 
-@dataclass
+@dataclass(repr=False)
 class Concept:
     """A learnt word: what stands for it in prompts, and its vectors (V, D), float32.
 
@@ -82,6 +82,9 @@ class Concept:
 
     def __post_init__(self):
         self.placeholder = nfc(self.placeholder)
+
+    def __repr__(self) -> str:
+        return f"Concept({self.placeholder!r}, vectors {tuple(self.vectors.shape)})"
 
     def save(
         self,
@@ -141,6 +144,9 @@ def load_concepts(path: str | Path) -> list[Concept]:
 
 def words_in(files: Sequence[str], renames: Sequence[str]) -> list[Concept]:
     """Return the words of the files, with the names that --rename OLD=NEW gives them."""
+    for entry in renames:
+        if "=" not in entry:
+            raise ValueError(f"--rename {entry}: write FILE='<new-name>', with = between the two")
     new_names = dict(nfc(entry).rpartition("=")[::2] for entry in renames)
     concepts, known = [], set()
     for path in files:

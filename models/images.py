@@ -17,6 +17,9 @@ import torch
 from PIL import Image, ImageChops, ImageCms, ImageOps, PngImagePlugin
 from torch import Tensor
 
+from .files import text_lines
+from .tokenizers import nfc
+
 # What Pillow opens, but cannot read as a picture by itself. EPS it would run, by Ghostscript.
 NO_PICTURES = {"EPS", "MPEG", "BUFR", "GRIB", "HDF5", "WMF"}
 LARGE = 1 << 25  # pixels; pictures with more are reduced to about as many
@@ -160,10 +163,66 @@ def in_srgb(image: Image.Image, profile: bytes, name) -> Image.Image:
         return image
 
 
-def like_a_photograph(image: Image.Image) -> bool:
-    """Return whether an RGB picture is large, or has as many colours as photographs have."""
-    colours = ImageOps.fit(image, (64, 64)).getcolors(64 * 64)
-    return min(image.size) > 256 or len(colours) > 2600
+def written_templates(choice: str, pictures: Sequence[Path], placeholder: str) -> list:
+    """Return the templates of a file, of one template, or of the captions beside the pictures; as
+    lists, one per picture, where they differ. As in A1111, [name] is the word and [filewords] a
+    picture's caption, or the name of its file."""
+    if choice == "captions":
+        return [read_captions(caption_of(path), placeholder) for path in pictures]
+    single = any(mark in choice for mark in ("{}", "[name]", placeholder))
+    texts = [with_mark(choice, placeholder)] if single else read_captions(Path(choice), placeholder)
+    if not any("[filewords]" in text for text in texts):
+        return texts
+    words = [with_mark(file_words(path), placeholder) for path in pictures]
+    return [[text.replace("[filewords]", own) for text in texts] for own in words]
+
+
+def with_mark(text: str, placeholder: str) -> str:
+    """Return a template with {} wherever the word goes."""
+    return nfc(text).replace("[name]", "{}").replace(placeholder, "{}")
+
+
+def caption_of(path: Path) -> Path:
+    """Return the file with a picture's caption: cat.caption if there is one, else cat.txt."""
+    caption = path.with_suffix(".caption")
+    return caption if caption.exists() else path.with_suffix(".txt")
+
+
+def file_words(path: Path) -> str:
+    """Return a picture's caption, or else its file's name without the number in front."""
+    caption = caption_of(path)
+    return " ".join(text_lines(caption)) if caption.exists() else path.stem.lstrip("0123456789-_ ")
+
+
+def read_captions(path: Path, placeholder: str) -> list[str]:
+    """Return the templates in a text file. Raises ValueError for a line without the word."""
+    try:
+        lines = [with_mark(line, placeholder) for line in text_lines(path)]
+    except OSError as error:
+        raise ValueError(
+            f"{str(path)!r}: {error.strerror or error}; --templates takes "
+            "object, style, captions (cat.txt beside cat.jpg), a file, 'a photo of {}'"
+        ) from None
+    if not lines:
+        raise ValueError(f"{path} is empty; write one template per line, as in 'a photo of {{}}'")
+    for line in lines:
+        if "{}" not in line and "[filewords]" not in line:
+            raise ValueError(f"{path}: {line[:60]!r} has no {{}} where the word goes")
+    return lines
+
+
+def warn_of_photographs(paths: Sequence[Path], bundled: bool) -> None:
+    """Warn of pictures that are large, or have many colours, if the bundled model is to learn from
+    them. Raises ValueError for one that is not readable."""
+    found = False
+    for image in map(open_image, paths):
+        colours = ImageOps.fit(image, (64, 64)).getcolors(64 * 64)
+        found |= min(image.size) > 256 or len(colours) > 2600
+    if found and bundled:
+        warnings.warn(
+            "these look like photographs; the bundled model knows only emoji at 64 pixels. For "
+            "photographs take a model that was trained on them: --model sd15 (see weights.md)"
+        )
 
 
 def open_mask(source: str | Path | Image.Image) -> Image.Image:

@@ -546,3 +546,50 @@ def test_names_are_cut_by_bytes(tmp_path, capsys, name):
 
 def test_an_unknown_option_points_to_the_help_of_its_verb(capsys):
     assert "see textinv.py sample --help" in mistake(capsys, "sample", "a", "--guidence", "3")
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["invert", MUSHROOM, "--init-word", "a", "--batch-size", "0"], "batch_size is 0"),
+        (["invert", MUSHROOM, "--init-word", "a", "--lr", "nan"], "lr is nan"),
+        (["invert", MUSHROOM, "--init-word", "a", "--seed", "-1"], "seed is -1"),
+        (["invert", MUSHROOM, "--init-word", "a", "--placeholder", "a b"], "has a space in it"),
+        (["invert", MUSHROOM, "--init-word", "a", "--progressive", "--stop", "auto"], "--stop"),
+        (["invert", MUSHROOM, "--init-word", "a", "--templates", ""], "--templates takes"),
+        (["sample", "a", "--rename", "a.pt"], "with = between"),
+        (["sample", "a", "--singles", "p.png"], "give a folder"),
+        (["sample", "a", "--out", ""], "'' is not a .png file"),
+    ],
+)
+def test_what_needs_no_model_is_refused_before_one_is_loaded(capsys, monkeypatch, arguments, says):
+    monkeypatch.setattr(textinv, "load_model", None)
+    assert says in mistake(capsys, *arguments)
+
+
+def test_captions_of_other_trainers(tmp_path):
+    pictures = [tmp_path / "1 - red cat.jpg", tmp_path / "b.jpg"]
+    (tmp_path / "b.caption").write_text("a <c> in 木", "utf-16")
+    (tmp_path / "t.txt").write_text("a [name], [filewords]\n", "utf-8-sig")
+    texts = textinv.read_templates(str(tmp_path / "t.txt"), pictures, "<c>")
+    assert texts == [["a {}, red cat"], ["a {}, a {} in 木"]]
+    assert textinv.read_templates("captions", pictures[1:], "<c>") == [["a {} in 木"]]
+    assert textinv.read_templates("my <c>", pictures, "<c>") == ["my {}"]
+    assert textinv.read_templates("my [name]", pictures, "<c>") == ["my {}"]
+
+
+def test_a_norm_far_from_the_tables_is_said_once(tmp_path, capsys):
+    learn = [*LEARN, "--preview-every", "0", "--steps", "3"]
+    assert textinv.main([*learn, "--lr", "100", "--out", str(tmp_path / "a.pt")]) == 0
+    assert capsys.readouterr().err.count("start over with a lower lr") == 1
+    assert textinv.main([*learn, "--out", str(tmp_path / "b.pt")]) == 0
+    said = capsys.readouterr().err
+    assert "lower lr" not in said and "photograph" not in said
+
+
+def test_photographs_and_the_bundled_model(tmp_path, capsys):
+    (tmp_path / "p").mkdir()
+    Image.effect_noise((512, 400), 60).convert("RGB").save(tmp_path / "p" / "a.jpg")
+    learn = ["invert", tmp_path / "p", *LEARN[2:], "--steps", "1", "--out", tmp_path / "a.pt"]
+    assert textinv.main([str(a) for a in learn]) == 0
+    assert "the bundled model knows only emoji" in capsys.readouterr().err
