@@ -484,9 +484,11 @@ def test_nothing_in_the_gradients_path_adds_up_in_any_order(model):
 
 
 def test_another_device_gives_the_same_word_and_pictures(model):
+    common = dict(placeholder="<s>", batch_size=2)
+
     def work(model):
         learnt = [
-            textinv.invert(model, MUSHROOM, "plant", steps=steps, batch_size=2, **options)
+            textinv.invert(model, MUSHROOM, "plant", steps=steps, **common, **options)
             for steps, options in (
                 (11, dict(stop="auto")),
                 (3, dict(progressive=True, vectors=3, weight_decay=0.1)),
@@ -514,7 +516,7 @@ def test_every_family_works_on_another_device(file, dtype):
     with elsewhere():
         model = textinv.load_model(GOLDEN / "tiny" / file, dtype=dtype)
         model.size = 64
-        word = textinv.invert(model, MUSHROOM, "a", steps=1, batch_size=1)
+        word = textinv.invert(model, MUSHROOM, "a", placeholder="<s>", steps=1, batch_size=1)
         assert model.device.type == word.vectors.device.type == "meta" and model.dtype == dtype
         (picture,) = textinv.sample(model, "a (dark:0.9) <s>", [word], steps=1, size=64)
     assert picture.size == (64, 64)
