@@ -336,11 +336,10 @@ def check_setup(vectors, weight_decay, regularize, progressive, stop, seed) -> N
     check_range(0, weight_decay=weight_decay, regularize=regularize, seed=seed)
     if stop not in STOPS:
         raise ValueError(f"stop {stop!r} is not known; use {', '.join(STOPS)}")
-    if progressive and (vectors, stop) != (3, "never"):
-        raise ValueError(
-            "progressive training ends with 3 vectors, after all of its steps: leave out vectors "
-            "(--vectors) and stop (--stop)"
-        )
+    if progressive and vectors != 3:
+        raise ValueError(f"progressive training ends with 3 vectors, not with {vectors}")
+    if progressive and stop != "never":
+        raise ValueError("progressive training takes all of its steps: leave out stop 'auto'")
 
 
 def hyperparameters(model: LatentDiffusion, steps, batch_size, lr) -> tuple[int, int, float]:

@@ -555,7 +555,10 @@ def test_an_unknown_option_points_to_the_help_of_its_verb(capsys):
         (["invert", MUSHROOM, "--init-word", "a", "--lr", "nan"], "lr is nan"),
         (["invert", MUSHROOM, "--init-word", "a", "--seed", "-1"], "seed is -1"),
         (["invert", MUSHROOM, "--init-word", "a", "--placeholder", "a b"], "has a space in it"),
-        (["invert", MUSHROOM, "--init-word", "a", "--progressive", "--stop", "auto"], "--stop"),
+        (
+            ["invert", MUSHROOM, "--init-word", "a", "--progressive", "--stop", "auto"],
+            "leave out stop",
+        ),
         (["invert", MUSHROOM, "--init-word", "a", "--templates", ""], "--templates takes"),
         (["sample", "a", "--rename", "a.pt"], "with = between"),
         (["sample", "a", "--singles", "p.png"], "give a folder"),
