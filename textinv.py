@@ -339,7 +339,9 @@ def check_setup(vectors, weight_decay, regularize, progressive, stop, seed) -> N
     if progressive and vectors != 3:
         raise ValueError(f"progressive training ends with 3 vectors, not with {vectors}")
     if progressive and stop != "never":
-        raise ValueError("progressive training takes all of its steps: leave out stop 'auto'")
+        raise ValueError(
+            "progressive training ends with its last step, not by stop 'auto'; leave that out"
+        )
 
 
 def hyperparameters(model: LatentDiffusion, steps, batch_size, lr) -> tuple[int, int, float]:
