@@ -557,7 +557,7 @@ def test_an_unknown_option_points_to_the_help_of_its_verb(capsys):
         (["invert", MUSHROOM, "--init-word", "a", "--placeholder", "a b"], "has a space in it"),
         (
             ["invert", MUSHROOM, "--init-word", "a", "--progressive", "--stop", "auto"],
-            "leave out stop",
+            "leave that out",
         ),
         (["invert", MUSHROOM, "--init-word", "a", "--templates", ""], "--templates takes"),
         (["sample", "a", "--rename", "a.pt"], "with = between"),
