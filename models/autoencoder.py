@@ -1,7 +1,7 @@
 """KL autoencoder (Rombach et al. 2022, section 3.1): pictures to latents and back.
 
-Modules carry the key names of the CompVis checkpoints (`first_stage_model.` without the prefix).
-`Encoder` and `Decoder` are flat lists of residual blocks, one resolution after the other.
+Modules have the key names of the CompVis checkpoints (without the prefix `first_stage_model.`). A
+`Sequential` runs its modules in the order in which they are set.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Upsample, attention
+from .layers import Upsample, attention, conv3x3
 
 
 @dataclass
@@ -22,7 +22,7 @@ class AutoencoderConfig:
 
     @property
     def factor(self) -> int:
-        """Pixels per latent position, along each side."""
+        """Pixels per latent along each side."""
         return 2 ** (len(self.widths) - 1)
 
 
@@ -34,73 +34,57 @@ class ResnetBlock(nn.Module):
     def __init__(self, c_in: int, c_out: int, groups: int):
         super().__init__()
         self.norm1 = norm(c_in, groups)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.conv1 = conv3x3(c_in, c_out)
         self.norm2 = norm(c_out, groups)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        if c_in != c_out:
-            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
+        self.conv2 = conv3x3(c_out, c_out)
+        self.nin_shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        return self.nin_shortcut(x) + h
 
 
 class AttnBlock(nn.Module):
-    """Self-attention of a single head over all positions."""
+    """Self-attention with one head over the h * w positions of x (b, c, h, w), added to x."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
         self.norm = norm(channels, groups)
-        self.q = nn.Conv2d(channels, channels, 1)
-        self.k = nn.Conv2d(channels, channels, 1)
-        self.v = nn.Conv2d(channels, channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        layers = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+        self.q, self.k, self.v, self.proj_out = layers
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
+        # (b, h * w, c) each
         q, k, v = (m(h).flatten(2).transpose(1, 2) for m in (self.q, self.k, self.v))
         out = attention(q, k, v, heads=1).transpose(1, 2).reshape(x.shape)
         return x + self.proj_out(out)
 
 
-class Downsample(nn.Module):
+class Downsample(nn.Sequential):
     def __init__(self, channels: int):
         super().__init__()
+        self.pad = nn.ZeroPad2d((0, 1, 0, 1))  # trap: right and bottom only
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        # Trap: the padding is asymmetric, right and bottom only.
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
 
-
-class Mid(nn.Module):
+class Mid(nn.Sequential):
     def __init__(self, channels: int, groups: int):
         super().__init__()
         self.block_1 = ResnetBlock(channels, channels, groups)
         self.attn_1 = AttnBlock(channels, groups)
         self.block_2 = ResnetBlock(channels, channels, groups)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
 
-
-class Level(nn.Module):
-    """The residual blocks of one resolution, then a change of resolution where there is one."""
+class Level(nn.Sequential):
+    """Residual blocks of one resolution, then down- or upsampling unless it is the last level."""
 
     def __init__(self, c_in: int, c_out: int, blocks: int, groups: int):
         super().__init__()
-        self.block = nn.ModuleList(
-            ResnetBlock(c_out if i else c_in, c_out, groups) for i in range(blocks)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.block:
-            x = block(x)
-        for resample in ("downsample", "upsample"):
-            if hasattr(self, resample):
-                x = getattr(self, resample)(x)
-        return x
+        self.block = nn.Sequential(ResnetBlock(c_in, c_out, groups))
+        for _ in range(blocks - 1):
+            self.block.append(ResnetBlock(c_out, c_out, groups))
 
 
 class Encoder(nn.Module):
@@ -109,7 +93,7 @@ class Encoder(nn.Module):
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         widths, groups = config.widths, config.norm_groups
-        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.conv_in = conv3x3(3, widths[0])
         self.down = nn.ModuleList(
             Level(c_in, c_out, config.num_res_blocks, groups)
             for c_in, c_out in zip(widths[:1] + widths, widths)
@@ -118,7 +102,7 @@ class Encoder(nn.Module):
             level.downsample = Downsample(width)
         self.mid = Mid(widths[-1], groups)
         self.norm_out = norm(widths[-1], groups)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1)
+        self.conv_out = conv3x3(widths[-1], 2 * config.z_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
@@ -133,9 +117,9 @@ class Decoder(nn.Module):
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         widths, groups = config.widths, config.norm_groups
-        self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
+        self.conv_in = conv3x3(config.z_channels, widths[-1])
         self.mid = Mid(widths[-1], groups)
-        # up[i] works at the resolution of the encoder's down[i], so the last entry runs first.
+        # up[i] has the resolution of the encoder's down[i], so the last entry runs first.
         self.up = nn.ModuleList(
             Level(c_in, c_out, config.num_res_blocks + 1, groups)
             for c_in, c_out in zip(widths[1:] + widths[-1:], widths)
@@ -143,7 +127,7 @@ class Decoder(nn.Module):
         for level, width in zip(self.up[1:], widths[1:]):
             level.upsample = Upsample(width)
         self.norm_out = norm(widths[0], groups)
-        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+        self.conv_out = conv3x3(widths[0], 3)
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(z))
@@ -162,12 +146,12 @@ class Autoencoder(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.z_channels, config.z_channels, 1)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation (B, z, h, w) of q(z | x) for pictures x (B, 3, H, W)
-        in [-1, 1]; H and W are multiples of `config.factor`. Latents are not scaled yet."""
+        """Return mean and standard deviation (B, z, h, w), unscaled, of q(z | x) for pictures
+        x (B, 3, H, W) in [-1, 1]. H and W are multiples of `config.factor`."""
         x = x.to(self.quant_conv.weight.dtype)
         mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
         return mean, torch.exp(0.5 * logvar.clamp(-30.0, 20.0))
 
     def decode(self, z: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W), about [-1, 1] and not clamped, from unscaled latents z."""
+        """Return pictures (B, 3, H, W), about [-1, 1] but not clamped, of unscaled latents z."""
         return self.decoder(self.post_quant_conv(z.to(self.quant_conv.weight.dtype)))

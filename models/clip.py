@@ -1,8 +1,8 @@
 """CLIP (Radford et al. 2021): the text tower that conditions Stable Diffusion, and the image tower
-that the paper's evaluation measures with (section 5.1).
+that the paper's evaluation uses (section 5.1).
 
-Modules carry the key names of the `transformers` layout, which Stable Diffusion 1 files have too;
-OpenAI's and open_clip's names are translated in naming.py.
+Modules have the key names of `transformers`, which Stable Diffusion 1 files use too. naming.py
+translates those of OpenAI and open_clip.
 """
 
 from collections.abc import Sequence
@@ -45,17 +45,15 @@ class VisionConfig(TowerConfig):
 class CLIPConfig:
     text: TextConfig = field(default_factory=lambda: TextConfig(width=512, heads=8))
     vision: VisionConfig = field(default_factory=VisionConfig)
-    width: int = 512  # of the space that both towers project into
+    width: int = 512  # of the space that both towers project to
 
 
 class Attention(nn.Module):
     def __init__(self, config: TowerConfig):
         super().__init__()
         self.heads = config.heads
-        self.q_proj = nn.Linear(config.width, config.width)
-        self.k_proj = nn.Linear(config.width, config.width)
-        self.v_proj = nn.Linear(config.width, config.width)
-        self.out_proj = nn.Linear(config.width, config.width)
+        layers = (nn.Linear(config.width, config.width) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = layers
 
     def forward(self, x: Tensor, causal: bool) -> Tensor:
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
@@ -71,7 +69,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.fc1(x)
-        # Trap: OpenAI's CLIP approximates GELU by a sigmoid; the two are 5 % apart in the end.
+        # Trap: OpenAI's CLIP approximates GELU by a sigmoid; it changes the features by 5 %.
         return self.fc2(h * torch.sigmoid(1.702 * h) if self.quick_gelu else F.gelu(h))
 
 
@@ -93,10 +91,11 @@ class Encoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.layers))
 
-    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
+    def forward(self, x: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+        """Return the outputs (B, L, D) of the last two layers."""
         for layer in self.layers:
-            x = layer(x, causal)
-        return x
+            before, x = x, layer(x, causal)
+        return before, x
 
 
 class TextEmbeddings(nn.Module):
@@ -113,27 +112,22 @@ class TextModel(nn.Module):
         self.encoder = Encoder(config)
         self.final_layer_norm = nn.LayerNorm(config.width)
 
-    def forward(self, embeddings: Tensor) -> Tensor:
-        """Features (B, L, D) from token embeddings (B, L, D): causal, no padding mask."""
-        return self.final_layer_norm(self.last_two(embeddings)[1])
-
-    def last_two(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the outputs (B, L, D) of the last two layers, not normalised."""
-        x = embeddings + self.embeddings.position_embedding.weight[: embeddings.shape[1]]
-        *layers, last = self.encoder.layers
-        for layer in layers:
-            x = layer(x, causal=True)
-        return x, last(x, causal=True)
+    def forward(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the penultimate layer's output and the last one's, normalised, (B, L, D) each, for
+        token embeddings (B, L, D). There is no padding mask."""
+        positions = self.embeddings.position_embedding.weight[: embeddings.shape[1]]
+        penultimate, last = self.encoder(embeddings + positions, causal=True)
+        return penultimate, self.final_layer_norm(last)
 
 
 class CLIPTextEncoder(nn.Module):
-    """The text encoder of Stable Diffusion 1 (CLIP-L) and 2 (open_clip ViT-H).
+    """The text encoder of Stable Diffusion 1 (CLIP-L) and 2 (open_clip's ViT-H).
 
-    SD 2 takes the penultimate layer's output through the final norm. Its last layer is therefore
-    never built: `config.layers` is 23 of 24, and all families take the last output.
+    Trap: SD 2 applies the final norm to the output of the penultimate layer. So its last layer is
+    never built (`config.layers` is 23, not 24), and both take the last output.
     """
 
-    restores_mean = True  # weights in a prompt keep the mean of its features
+    restores_mean = True  # weights in a prompt leave the mean of its features as it was
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -143,27 +137,26 @@ class CLIPTextEncoder(nn.Module):
 
     @property
     def token_table(self) -> Tensor:
-        """The frozen embeddings (vocab_size, D) that words are looked up in."""
+        """The frozen embeddings (vocab_size, D) of the vocabulary."""
         return self.text_model.embeddings.token_embedding.weight
 
     def forward(self, embeddings: Tensor, ends: Tensor | None = None) -> Tensor:
-        """Context (B, L, D) from token embeddings (B, L, D), L at most `max_length`."""
-        return self.text_model(embeddings)
+        """Return the context (B, L, D) of token embeddings (B, L, D); L is at most `max_length`."""
+        return self.text_model(embeddings)[1]
 
 
 class SDXLTextEncoder(nn.Module):
-    """The text encoders of SDXL side by side: CLIP-L, and open_clip's ViT-bigG (Podell et al. 2023,
-    section 2.1). Both read the same tokens.
+    """SDXL's two text encoders, CLIP-L and open_clip's ViT-bigG (Podell et al. 2023, section 2.1).
 
-    Their token tables are one table, each row of which is a row of CLIP-L's and one of bigG's; so a
-    learnt word is one vector too.
+    Both read the same tokens. Their token tables are joined: each row is a row of CLIP-L's, then
+    one of bigG's. So a vector of a learnt word is one row too.
     """
 
     restores_mean = True
 
     def __init__(self, configs: tuple[TextConfig, TextConfig]):
         super().__init__()
-        self.config = configs[0]  # of the vocabulary and the length, which both share
+        self.config = configs[0]  # both have its vocabulary and length
         self.widths = tuple(config.width for config in configs)
         self.token_table = nn.Parameter(torch.zeros(self.config.vocab_size, sum(self.widths)))
         self.clip_l, self.clip_g = (TextModel(config) for config in configs)
@@ -172,20 +165,19 @@ class SDXLTextEncoder(nn.Module):
         self.text_projection = nn.Linear(self.widths[1], self.widths[1], bias=False)
 
     def forward(self, embeddings: Tensor, ends: Tensor) -> Conditioning:
-        """Return context (B, L, D_l + D_g) and pooled text (B, D_g) from token embeddings like the
-        context, and the positions (B,) of the end tokens.
+        """Return the context (B, L, D_l + D_g) and the pooled text (B, D_g) of token embeddings
+        (B, L, D_l + D_g). ends (B,): the positions of the end tokens.
 
-        Trap: the context is the output of both penultimate layers, here without the final norm;
-        pooled is the last layer's of bigG with it, at the end token.
+        Trap: the context is the output of both penultimate layers, without the final norm. Pooled
+        text is the output of bigG's last layer at the end token, with the final norm.
         """
         first, second = embeddings.split(self.widths, dim=-1)
         # Trap: CLIP-L's prompts are padded with the end token, bigG's with id 0.
         padding = torch.arange(embeddings.shape[1], device=ends.device) > ends[:, None]  # (B, L)
         second = torch.where(padding[..., None], self.token_table[0, self.widths[0] :], second)
-        first, _ = self.clip_l.last_two(first)
-        second, last = self.clip_g.last_two(second)
-        at_end = torch.arange(len(ends), device=ends.device), ends
-        pooled = self.text_projection(self.clip_g.final_layer_norm(last)[at_end])
+        first, _ = self.clip_l(first)
+        second, last = self.clip_g(second)
+        pooled = self.text_projection(last[torch.arange(len(ends), device=ends.device), ends])
         return Conditioning(torch.cat([first, second], dim=-1), pooled)
 
 
@@ -199,8 +191,8 @@ class VisionEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding(positions, config.width)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
-        first = self.class_embedding.expand(pixels.shape[0], 1, -1)
+        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (B, patches, D)
+        first = self.class_embedding.expand(len(pixels), 1, -1)
         return torch.cat([first, patches], dim=1) + self.position_embedding.weight
 
 
@@ -213,8 +205,8 @@ class VisionModel(nn.Module):
         self.post_layernorm = nn.LayerNorm(config.width)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Features (B, D) of the class token."""
-        x = self.encoder(self.pre_layrnorm(self.embeddings(pixels)))
+        """Return features (B, D) of pixels (B, 3, H, W): the output at the class token."""
+        _, x = self.encoder(self.pre_layrnorm(self.embeddings(pixels)), causal=False)
         return self.post_layernorm(x[:, 0])
 
 
@@ -229,23 +221,23 @@ class CLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(2.6592))  # log(1 / 0.07)
 
     def encode_text(self, ids: Tensor, end_id: int) -> Tensor:
-        """Unnormalised features (B, width) of token ids (B, L).
+        """Return features (B, width), not normalised, of token ids (B, L).
 
-        They are read at the first `end_id`. Trap: reading at the largest id, as OpenAI's code
-        does, picks a placeholder's id once there is one.
+        Trap: they are read at the first `end_id`. OpenAI's code reads them at the largest id, which
+        is a placeholder's once there is one.
         """
-        features = self.text_model(self.text_model.embeddings.token_embedding(ids))
+        _, features = self.text_model(self.text_model.embeddings.token_embedding(ids))
         end = (ids == end_id).int().argmax(dim=1)
         return self.text_projection(features[torch.arange(len(ids)), end])
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """Unnormalised features (B, width) of pictures that `preprocess` prepared."""
+        """Return features (B, width), not normalised, of pictures that `preprocess` prepared."""
         return self.visual_projection(self.vision_model(pixels))
 
 
 def preprocess(images: Sequence[Image.Image], size: int) -> Tensor:
-    """Pictures as CLIP sees them, (B, 3, size, size): bicubic resize of the shorter side, centre
-    crop, normalisation."""
+    """Return pictures as CLIP reads them, (B, 3, size, size): the shorter side resized (bicubic),
+    cropped to the centre, normalised."""
     rows = []
     for image in images:
         image = image.convert("RGB")

@@ -1,5 +1,7 @@
-"""The small pieces that the networks here share: attention, timestep embedding, upsampling, and
-what the text encoders hand to the UNet."""
+"""What the networks share: attention, a few layers, and SDXL's conditioning.
+
+A `Sequential` runs its modules in the order in which they are set.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,10 +13,10 @@ from torch import Tensor, nn
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
-    """Scaled dot-product attention of `heads` heads (Vaswani et al. 2017, eq. 1).
+    """Return scaled dot-product attention of `heads` heads (Vaswani et al. 2017, eq. 1).
 
-    q is (B, Lq, heads * d), k and v are (B, Lk, heads * d); returns (B, Lq, heads * d). With
-    `causal`, position i sees positions 0..i only, as in CLIP's text tower.
+    q and the result are (B, Lq, heads * d); k and v are (B, Lk, heads * d). With `causal`, position
+    i sees only positions 0 to i, as in CLIP's text tower.
     """
     b, _, width = q.shape
     q, k, v = (x.view(b, -1, heads, width // heads).transpose(1, 2) for x in (q, k, v))
@@ -23,32 +25,43 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False)
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """Sinusoidal features (B, dim) of the timesteps t (B,), float32: first cosines, then sines."""
+    """Return sinusoidal features (B, dim) of timesteps t (B,), float32: cosines, then sines."""
     half = dim // 2
     steps = torch.arange(half, dtype=torch.float32, device=t.device)
     angles = t[:, None].float() * torch.exp(-math.log(10_000) * steps / half)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-class Upsample(nn.Module):
-    """Twice the height and width: each value repeated, then a 3x3 convolution."""
+def conv3x3(c_in: int, c_out: int) -> nn.Conv2d:
+    return nn.Conv2d(c_in, c_out, 3, padding=1)
+
+
+class FeedForward(nn.Sequential):
+    """Two linear layers; `first` is the one from width to 4 * width, with its activation."""
+
+    def __init__(self, first: nn.Module, width: int):
+        super().__init__()
+        dropout = nn.Dropout(0.0)  # holds its place in the key names
+        self.net = nn.Sequential(first, dropout, nn.Linear(4 * width, width))
+
+
+class Upsample(nn.Sequential):
+    """Doubles height and width by repeating each value, then a 3x3 convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        self.double = nn.Upsample(scale_factor=2.0, mode="nearest")
+        self.conv = conv3x3(channels, channels)
 
 
 @dataclass
 class Conditioning:
-    """What SDXL's UNet is conditioned on; for the other families it is the context, a tensor."""
+    """What SDXL's UNet is conditioned on. The other families' have the context alone, a tensor."""
 
     context: Tensor  # (B, L, D)
     pooled: Tensor  # (B, P): the text as a whole
     # (B, 6), pixels: original height and width, top and left of the crop, target height and width
-    # (Podell et al. 2023, section 2.2). None: those of a picture that nobody resized or cropped.
+    # (Podell et al. 2023, section 2.2). None: the sizes of a picture neither resized nor cropped.
     sizes: Tensor | None = None
 
     def __getitem__(self, rows: Sequence[int]) -> "Conditioning":
@@ -59,7 +72,7 @@ class Conditioning:
 
 
 def each(function: Callable, *given: Tensor | Conditioning) -> Tensor | Conditioning:
-    """Apply a function to tensors, or part by part to Conditionings."""
+    """Return function(*given) for tensors; for Conditionings, apply it part by part."""
     if isinstance(given[0], Tensor):
         return function(*given)
     parts = zip(*((g.context, g.pooled, g.sizes) for g in given))

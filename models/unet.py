@@ -1,42 +1,43 @@
 """eps_theta of the paper: a UNet with cross-attention (Rombach et al. 2022, section 3.3).
 
-One implementation for LDM, Stable Diffusion 1, 2 and XL and the bundled model; they differ only in
-the numbers of `UNetConfig`. Modules carry the key names of the CompVis checkpoints
-(`model.diffusion_model.` without the prefix), in which every entry of `input_blocks` and
-`output_blocks` is a short list of layers.
+LDM, Stable Diffusion 1, 2 and XL and the bundled model differ only in the numbers of `UNetConfig`.
+Modules have the key names of the CompVis checkpoints (without the prefix `model.diffusion_model.`).
+There every entry of `input_blocks` and `output_blocks` is a short list of layers.
 """
 
+from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .layers import Conditioning, Upsample, attention, timestep_embedding
+from .layers import Conditioning, FeedForward, Upsample, attention, conv3x3, timestep_embedding
 
 
 @dataclass
 class UNetConfig:
     widths: tuple[int, ...] = (320, 640, 1280, 1280)  # channels per level, full resolution first
     num_res_blocks: int = 2  # per level on the way down; one more on the way up
-    # Transformer blocks in each spatial transformer of a level, 0 where there is none. The middle
-    # has as many as the last level in SDXL, where the others have none.
+    # Transformer blocks in each spatial transformer, per level; 0: the level has no transformer.
     depths: tuple[int, ...] = (1, 1, 1, 0)
-    middle_depth: int = 1
+    middle_depth: int = 1  # the same for the middle block
     context_dim: int = 768
     channels: int = 4  # of the latents
     # Attention heads: a fixed number (8 in LDM and SD 1) or a fixed width (64 in SD 2 and SDXL).
     heads: int | None = 8
     head_width: int | None = None
     norm_groups: int = 32  # fewer in the narrow bundled model
-    linear_projection: bool = False  # SD 2, SDXL: proj_in and proj_out are no 1x1 convolutions
-    vector_dim: int = 0  # SDXL: width of pooled text and embedded sizes, 2816; 0: none are taken
-    factor: int = 8  # pixels per latent, in each direction; only sizes need it
+    # proj_in and proj_out are linear layers in SD 2 and SDXL, otherwise 1x1 convolutions.
+    linear_projection: bool = False
+    vector_dim: int = 0  # width of SDXL's pooled text and embedded sizes, 2816; 0: it has none
+    factor: int = 8  # pixels per latent along each side, for SDXL's sizes
 
     @property
     def emb_dim(self) -> int:
-        """Width of the timestep's embedding."""
+        """Width of the timestep embedding."""
         return 4 * self.widths[0]
 
     def heads_for(self, width: int) -> int:
@@ -44,21 +45,16 @@ class UNetConfig:
 
 
 class ResBlock(nn.Module):
-    """(b, c_in, h, w) to (b, c_out, h, w), told the timestep by its embedding (b, emb_dim)."""
+    """Residual block, (b, c_in, h, w) to (b, c_out, h, w). emb (b, emb_dim): the timestep's."""
 
     def __init__(self, c_in: int, c_out: int, config: UNetConfig):
         super().__init__()
-        groups = config.norm_groups  # trap: eps is 1e-5 here, 1e-6 in the spatial transformers
-        self.in_layers = nn.Sequential(
-            nn.GroupNorm(groups, c_in, eps=1e-5), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1)
-        )
+        # Trap: eps is 1e-5 here, 1e-6 in the spatial transformers.
+        norm = partial(nn.GroupNorm, config.norm_groups, eps=1e-5)
+        dropout = nn.Dropout(0.0)  # holds its place in the key names
+        self.in_layers = nn.Sequential(norm(c_in), nn.SiLU(), conv3x3(c_in, c_out))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(config.emb_dim, c_out))
-        self.out_layers = nn.Sequential(
-            nn.GroupNorm(groups, c_out, eps=1e-5),
-            nn.SiLU(),
-            nn.Dropout(0.0),  # holds its place in the key names
-            nn.Conv2d(c_out, c_out, 3, padding=1),
-        )
+        self.out_layers = nn.Sequential(norm(c_out), nn.SiLU(), dropout, conv3x3(c_out, c_out))
         self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -67,7 +63,7 @@ class ResBlock(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention from x to `context`, or to x itself where there is none."""
+    """Attention from x (b, l, width) to context (b, L, context_dim), or to x itself."""
 
     def __init__(self, width: int, context_dim: int, heads: int):
         super().__init__()
@@ -79,12 +75,12 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         context = x if context is None else context
-        out = attention(self.to_q(x), self.to_k(context), self.to_v(context), self.heads)
-        return self.to_out(out)
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+        return self.to_out(attention(q, k, v, self.heads))
 
 
 class GEGLU(nn.Module):
-    """A linear layer whose one half is gated by the other (Shazeer 2020)."""
+    """A linear layer, one half of which gates the other (Shazeer 2020)."""
 
     def __init__(self, d_in: int, d_out: int):
         super().__init__()
@@ -95,28 +91,15 @@ class GEGLU(nn.Module):
         return value * F.gelu(gate)
 
 
-class FeedForward(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.net = nn.Sequential(
-            GEGLU(width, 4 * width), nn.Dropout(0.0), nn.Linear(4 * width, width)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
 class TransformerBlock(nn.Module):
     """Self-attention, attention to the text, feed-forward. Here the word meets the picture."""
 
     def __init__(self, width: int, context_dim: int, heads: int):
         super().__init__()
         self.attn1 = CrossAttention(width, width, heads)
-        self.ff = FeedForward(width)
+        self.ff = FeedForward(GEGLU(width, 4 * width), width)
         self.attn2 = CrossAttention(width, context_dim, heads)
-        self.norm1 = nn.LayerNorm(width)
-        self.norm2 = nn.LayerNorm(width)
-        self.norm3 = nn.LayerNorm(width)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         x = x + self.attn1(self.norm1(x))
@@ -125,8 +108,8 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """Adds to a picture (b, c, h, w) what transformer blocks make of its h * w positions and of the
-    context (b, L, context_dim)."""
+    """Transformer blocks over the h * w positions of x (b, c, h, w), added to x. They also attend
+    to the context (b, L, context_dim)."""
 
     def __init__(self, width: int, depth: int, config: UNetConfig):
         super().__init__()
@@ -151,17 +134,8 @@ class SpatialTransformer(nn.Module):
         return x + (h if linear else self.proj_out(h))
 
 
-class Downsample(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.op = nn.Conv2d(width, width, 3, stride=2, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)
-
-
 class Block(nn.Sequential):
-    """Layers in a row; each is given what it wants besides h: the timestep or the text."""
+    """Layers in a row. Residual blocks also read the timestep, transformers the text."""
 
     def forward(self, h: Tensor, emb: Tensor, context: Tensor) -> Tensor:
         for layer in self:
@@ -180,7 +154,6 @@ class UNet(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         widths, emb_dim = config.widths, config.emb_dim
-        levels = range(len(widths))
 
         def blocks(c_in: int, level: int) -> list[nn.Module]:
             layers: list[nn.Module] = [ResBlock(c_in, widths[level], config)]
@@ -194,64 +167,57 @@ class UNet(nn.Module):
         if config.vector_dim:
             layers = nn.Linear(config.vector_dim, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim)
             self.label_emb = nn.Sequential(nn.Sequential(*layers))
-        self.input_blocks = nn.ModuleList(
-            [Block(nn.Conv2d(config.channels, widths[0], 3, padding=1))]
-        )
+        self.input_blocks = nn.ModuleList([Block(conv3x3(config.channels, widths[0]))])
         skips = [widths[0]]
-        for level in levels:
+        for level, width in enumerate(widths):
             for _ in range(config.num_res_blocks):
                 self.input_blocks.append(Block(*blocks(skips[-1], level)))
-                skips.append(widths[level])
-            if level != levels[-1]:
-                self.input_blocks.append(Block(Downsample(widths[level])))
-                skips.append(widths[level])
-
-        width = widths[-1]
+                skips.append(width)
+            if level < len(widths) - 1:
+                halve = nn.Conv2d(width, width, 3, stride=2, padding=1)
+                self.input_blocks.append(Block(nn.Sequential(OrderedDict(op=halve))))
+                skips.append(width)
         self.middle_block = Block(
             ResBlock(width, width, config),
             SpatialTransformer(width, config.middle_depth, config),
             ResBlock(width, width, config),
         )
         self.output_blocks = nn.ModuleList()
-        for level in reversed(levels):
+        for level in reversed(range(len(widths))):
             for i in range(config.num_res_blocks + 1):
                 layers = blocks(width + skips.pop(), level)
                 width = widths[level]
                 if level and i == config.num_res_blocks:
                     layers.append(Upsample(width))
                 self.output_blocks.append(Block(*layers))
-        self.out = nn.Sequential(
-            nn.GroupNorm(config.norm_groups, width, eps=1e-5),
-            nn.SiLU(),
-            nn.Conv2d(width, config.channels, 3, padding=1),
-        )
+        norm = nn.GroupNorm(config.norm_groups, width, eps=1e-5)
+        self.out = nn.Sequential(norm, nn.SiLU(), conv3x3(width, config.channels))
 
     def run(self, block: Block, h: Tensor, emb: Tensor, context: Tensor) -> Tensor:
-        """One block, its activations kept or, with gradient checkpointing, computed again."""
+        """Return block(h, emb, context). With gradient checkpointing, the backward pass computes
+        its activations again instead of keeping them."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, h, emb, context, use_reentrant=False)
         return block(h, emb, context)
 
     def embed_vector(self, x_t: Tensor, given: Conditioning) -> Tensor:
-        """Return what SDXL adds to the timestep's embedding, (B, emb_dim): pooled text and sizes.
-
-        Each of the six sizes is embedded by itself, as timesteps are.
-        """
+        """Return the embedding (B, emb_dim) of pooled text and sizes, which SDXL adds to the
+        timestep's. Each of the six sizes is embedded by itself, as timesteps are."""
         (b, p), (h, w) = given.pooled.shape, x_t.shape[2:]
         sizes, factor, dim = given.sizes, self.config.factor, (self.config.vector_dim - p) // 6
         if sizes is None:
-            own = [h * factor, w * factor, 0, 0, h * factor, w * factor]
-            sizes = torch.tensor(own).expand(b, 6)
+            size = h * factor, w * factor
+            sizes = torch.tensor([*size, 0, 0, *size]).expand(b, 6)
         sizes = timestep_embedding(sizes.flatten().to(x_t.device), dim).reshape(b, 6 * dim)
         vector = torch.cat([given.pooled.float(), sizes], dim=1)  # (B, vector_dim)
         return self.label_emb(vector.to(self.out[2].weight.dtype))
 
     def forward(self, x_t: Tensor, t: Tensor, context: Tensor | Conditioning) -> Tensor:
-        """The prediction for noised latents: eps, or v where the schedule says so.
+        """Return the prediction (B, C, h, w), in the weights' precision: eps, or v where the
+        schedule says so.
 
-        x_t (B, C, h, w) latents, t (B,) integer timesteps, context (B, L, D) text features, of
-        any float precision, for SDXL in a `Conditioning`; the result (B, C, h, w) has the precision
-        of the weights. h and w are multiples of 2 ** (levels - 1).
+        x_t (B, C, h, w): noised latents, h and w multiples of 2 ** (levels - 1). t (B,): integer
+        timesteps. context (B, L, D): text features, for SDXL a `Conditioning`. Any precision.
         """
         dtype = self.out[2].weight.dtype
         emb = self.time_embed(timestep_embedding(t, self.config.widths[0]).to(dtype))

@@ -30,7 +30,7 @@ def text_features(workspace: Workspace, texts: list[str], word: Tensor) -> Tenso
     table = clip.text_model.embeddings.token_embedding.weight
     embeddings = F.embedding(ids.to(table.device), torch.cat([table, word]))
     ends = (ids == tokenizer.end_id).int().argmax(dim=1)
-    features = clip.text_model(embeddings)[torch.arange(len(ids)), ends]
+    features = clip.text_model(embeddings)[1][torch.arange(len(ids)), ends]
     return F.normalize(clip.text_projection(features), dim=-1)
 
 
