@@ -20,14 +20,12 @@ import json
 import math
 import os
 import random
-import re
 import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,17 +34,17 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+import models
+
+if not (there := Path(models.__file__ or models.__path__[0]).resolve()).is_relative_to(
+    Path(__file__).resolve().with_name("models")
+):
+    raise ImportError(f"{there} hides textinv's own folder models; rename it, or start elsewhere")
+
 from models.checkpoint import FAMILIES, load_model
 from models.concepts import FORMATS, Concept, default_format, load_concept, load_concepts, words_in
-from models.files import (
-    Output,
-    free_png,
-    free_target,
-    out_of_memory,
-    shortened,
-    text_lines,
-    write_png,
-)
+from models.console import Parser, exit_status, picture_size, side
+from models.files import free_png, free_target, shortened, text_lines, write_png
 from models.images import (
     Images,
     NotFinite,
@@ -61,7 +59,7 @@ from models.images import (
 from models.latent_diffusion import LatentDiffusion
 from models.runs import STOP_EVERY, Run, State, converged
 from models.schedule import SAMPLERS, sampler_of
-from models.tokenizers import is_one_word, nfc, without_weights
+from models.tokenizers import check_names, nfc, without_weights
 
 __all__ = ["Concept", "invert", "load_concept", "load_concepts", "load_model", "sample", "train"]
 
@@ -344,9 +342,9 @@ def check_setup(vectors, weight_decay, regularize, progressive, stop, seed) -> N
         )
 
 
-def hyperparameters(model: LatentDiffusion, steps, batch_size, lr) -> tuple[int, int, float]:
+def hyperparameters(model: LatentDiffusion | None, steps, batch_size, lr) -> tuple[int, int, float]:
     """Return steps, batch size and learning rate: those given, else the model's or the paper's."""
-    defaults = PAPER | model.defaults
+    defaults = PAPER | (model.defaults if model else {})
     if isinstance(lr, str):
         if lr not in RATES:
             raise ValueError(f"lr {lr!r} is not known; use a number, {', '.join(RATES)}")
@@ -430,9 +428,21 @@ def invert(
 # -------------------------------------------------------------------------------------- sampling
 
 
-def guidance_of(model: LatentDiffusion, guidance_scale: float | None) -> float:
+def check_sampling(sampler, steps, n, eta, seed) -> tuple[Callable, int, str]:
+    """Return what `sampler_of` does. Raises ValueError for numbers out of range."""
+    row = sampler_of(sampler, steps)
+    if not 1 <= row[1] <= 1000:
+        raise ValueError(f"steps {row[1]} is out of range; use 1 to 1000")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta}; it goes from 0 (no noise) to 1 (as noisy as DDPM)")
+    check_range(1, n=n)
+    check_range(0, seed=seed)
+    return row
+
+
+def guidance_of(model: LatentDiffusion | None, guidance_scale: float | None) -> float:
     """Return the guidance scale: the one given, else the model's default."""
-    default = (PAPER | model.defaults)["guidance_scale"]
+    default = (PAPER | (model.defaults if model else {}))["guidance_scale"]
     scale = default if guidance_scale is None else guidance_scale
     if not math.isfinite(scale):
         raise ValueError(f"guidance_scale is {scale}; use 1 (none) to about 15")
@@ -467,11 +477,8 @@ def sample(
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
         return []
-    run, steps, _ = sampler_of(sampler, steps)
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta is {eta}; it goes from 0 (no noise) to 1 (as noisy as DDPM)")
-    check_range(1, n=n, batch_size=batch_size)
-    check_range(0, seed=seed)
+    run, steps, _ = check_sampling(sampler, steps, n, eta, seed)
+    check_range(1, batch_size=batch_size)
     scale = guidance_of(model, guidance_scale)
     size = model.size if size is None else size
     shape = model.latent_shape((size, size) if isinstance(size, int) else size)
@@ -501,43 +508,6 @@ LOOKED_AT = 256  # pixels; smaller pictures are enlarged in grids
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Parser(argparse.ArgumentParser):
-    def parse_known_args(self, args=None, namespace=None):
-        """Refuse an unknown option here, in the parser of its verb, whose help lists the others."""
-        found, unknown = super().parse_known_args(args, namespace)
-        if unknown:
-            self.error(f"unknown arguments: {' '.join(unknown)}")
-        return found, unknown
-
-    def error(self, message: str):  # argparse itself prints many lines of usage and exits
-        raise ValueError(f"{message}; see {self.prog} --help")
-
-
-def exit_status(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> int:
-    """Run what the arguments ask for; return 0, or 2 with one line on standard error for a user's
-    mistake, or 130 after Ctrl-C. Warnings become notes, each said once."""
-    with redirect_stdout(Output(sys.stdout)), redirect_stderr(Output(sys.stderr)):
-        say = cache(lambda text: print(f"note: {text}", file=sys.stderr))
-        warnings.showwarning = lambda message, *_: say(str(message))
-        try:
-            args = parser.parse_args(argv)
-            return args.run(args) or 0
-        except (ValueError, OSError) as error:
-            reason = str(error)
-        except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
-                raise
-            reason = (
-                "out of memory; what helps: --precision bf16, a smaller -n, --size or "
-                "--batch-size, --gradient-checkpointing, --preview-every 0, --device cpu"
-            )
-        except KeyboardInterrupt:
-            print("textinv: stopped", file=sys.stderr)
-            return 130
-        print(f"textinv: {' '.join(reason.split())}", file=sys.stderr)
-        return 2
-
-
 def load_for(args: argparse.Namespace) -> LatentDiffusion:
     """Load the model that the arguments name, and print a line about it."""
     given = [args.model, args.device, PRECISIONS.get(args.precision), args.family, args.prediction]
@@ -549,21 +519,18 @@ def load_for(args: argparse.Namespace) -> LatentDiffusion:
 def run_invert(args: argparse.Namespace) -> int:
     """learn a word from pictures"""
     out, placeholder = target_of(args)
-    counts = {name: getattr(args, name) for name in ("steps", "batch_size", "size", "save_every")}
-    check_range(1, **{name: count for name, count in counts.items() if count is not None})
+    check_range(1, save_every=args.save_every)
     check_range(0, preview_every=args.preview_every or 0)
-    check_range(1e-9, lr=1 if args.lr is None or args.lr in RATES else args.lr)
-    args.vectors = (3 if args.progressive else 1) if args.vectors is None else args.vectors
-    setup = "vectors weight_decay regularize progressive stop seed".split()
-    check_setup(**{name: getattr(args, name) for name in setup})
     if args.resume and args.overwrite:
         raise ValueError("--resume continues a run and --overwrite starts over; give one of them")
     if args.save_image_words and not args.per_image:
         raise ValueError("--save-image-words saves the words of --per-image; add that, or drop it")
-    if not args.init_word:
-        raise ValueError("--init-word is missing: what the pictures show, in a word such as cat")
     paths = find_images(args.images)
     templates = read_templates(args.templates, paths, placeholder)
+    options = training_options(args, None, templates) | dict(placeholder=placeholder)
+    told = options.keys() - {"steps", "batch_size", "lr", "progressive"}  # without the model
+    run = Run(out, {name: options[name] for name in told})
+    run.look(args.resume, args.overwrite)  # raises where files of another run would be lost
     warn_of_photographs(paths, args.model is None)  # raises for damaged ones
     model = load_for(args)
     initial_vectors(model, args.init_word, 1)  # raises for a word that the model does not know
@@ -574,8 +541,8 @@ def run_invert(args: argparse.Namespace) -> int:
     model.size = model.size if args.size is None else args.size
     model.latent_shape((model.size, model.size))  # raises for a size that does not fit
     pixels = prepare_images(paths, model.size, args.masked)
-    options = training_options(args, model, templates) | dict(placeholder=placeholder)
-    run, steps = Run(out, options | fingerprints(model, pixels, options)), options["steps"]
+    options |= training_options(args, model, templates)
+    run.settings, steps = options | fingerprints(model, pixels, options), options["steps"]
     saved = run.look(args.resume, args.overwrite)
     done = int(saved["step"]) if saved else 0
     if args.resume and not saved:
@@ -586,12 +553,8 @@ def run_invert(args: argparse.Namespace) -> int:
     options |= dict(gradient_checkpointing=args.gradient_checkpointing, resume=saved)
     states = train(model, pixels, **options)
     run.begin(anew=saved is None)
-    write_png(
-        run.path("inputs.png"),
-        grid(to_pil(pixels), least=LOOKED_AT),
-        {"what": "what the model sees"},
-        True,
-    )
+    inputs = grid(to_pil(pixels), least=LOOKED_AT)
+    write_png(run.path("inputs.png"), inputs, {"what": "what the model sees"}, True)
     resumed = f", from step {done} on" if done else ""
     print(f"learning {placeholder} from {len(paths)} picture(s), {steps} steps{resumed}, to {out}")
 
@@ -627,17 +590,18 @@ def target_of(args: argparse.Namespace) -> tuple[Path, str]:
             f"elsewhere, for example --out {os.path.relpath(source.parent / out.name)}"
         )
     placeholder = named_after(name) if args.placeholder is None else args.placeholder
-    if not is_one_word(placeholder):
-        raise ValueError(
-            f"placeholder {placeholder!r} is empty or has a space in it; use one like <cat>"
-        )
+    check_names([placeholder])
     return out, placeholder
 
 
-def training_options(args: argparse.Namespace, model: LatentDiffusion, templates) -> dict:
-    """Return the options of `train` that decide what is learnt."""
+def training_options(args: argparse.Namespace, model: LatentDiffusion | None, templates) -> dict:
+    """Return the options of `train` that decide what is learnt; without the model, numbers that it
+    decides are the paper's. Raises ValueError for options that do not fit."""
+    if not (args.init_word or "").strip():
+        raise ValueError("--init-word is missing: what the pictures show, in a word such as cat")
     steps, batch_size, lr = hyperparameters(model, args.steps, args.batch_size, args.lr)
     vectors = (3 if args.progressive else 1) if args.vectors is None else args.vectors
+    check_setup(vectors, args.weight_decay, args.regularize, args.progressive, args.stop, args.seed)
     same = "init_word seed stop masked per_image weight_decay regularize progressive".split()
     options = {name: getattr(args, name) for name in same} | dict(flip=not args.no_flip)
     options |= dict(vectors=vectors, templates=templates)
@@ -676,11 +640,8 @@ def words_for(args: argparse.Namespace, prompts: Sequence[str]) -> list[Concept]
     concepts = words_in(args.concept, args.rename)
     known = [concept.placeholder for concept in concepts]
     texts = [without_weights(prompt, known) for prompt in prompts]  # raises for a faulty weight
+    check_names(known if prompts else [])
     for word in known:
-        if known.count(word) > 1:
-            raise ValueError(
-                f"two words are called {word}; give one another name: --rename FILE='<another>'"
-            )
         if texts and not any(word in text for text in texts):
             warnings.warn(f"{word} was loaded, but no prompt uses it")
     return concepts
@@ -689,7 +650,8 @@ def words_for(args: argparse.Namespace, prompts: Sequence[str]) -> list[Concept]
 def run_sample(args: argparse.Namespace) -> None:
     """draw prompts with learnt words"""
     out = free_png(args.out, args.overwrite)
-    check_range(1, n=args.n)
+    _, steps, title = check_sampling(args.sampler, args.steps, args.n, args.eta, args.seed)
+    guidance_of(None, args.guidance)  # raises for one that is no number
     if not (prompts := args.texts + args.prompts):
         raise ValueError("no prompt given; give PROMPT in quotes, or --prompts FILE")
     if Path(args.singles or "").suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
@@ -700,7 +662,6 @@ def run_sample(args: argparse.Namespace) -> None:
             raise ValueError(f"--out {out} is also a picture of --singles; write it elsewhere")
     concepts, model = words_for(args, [*prompts, args.negative]), load_for(args)
     model.check_concepts(concepts)
-    _, steps, title = sampler_of(args.sampler, args.steps)
     settings = dict(sampler=args.sampler, steps=steps, eta=args.eta, seed=args.seed)
     settings |= dict(size=args.size or (model.size, model.size), negative=args.negative)
     settings |= dict(guidance_scale=guidance_of(model, args.guidance))
@@ -731,8 +692,7 @@ def run_convert(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.source} holds {names}{wrong}; say which one with --word")
     concept = chosen[0]
     if args.placeholder is not None:
-        if not is_one_word(args.placeholder):
-            raise ValueError(f"--placeholder {args.placeholder!r} is no single word; use <cat>")
+        check_names([args.placeholder])
         concept = replace(concept, placeholder=args.placeholder)
     if args.picture and out.suffix.lower() != ".png":
         raise ValueError(f"--picture is for an OUT that is a .png file; {out} is none")
@@ -805,13 +765,6 @@ def learning_rate(text: str) -> float | str:
         raise argparse.ArgumentTypeError(message) from None
 
 
-def picture_size(text: str) -> tuple[int, int]:
-    if not re.fullmatch(r"\d+(x\d+)?", text):
-        raise argparse.ArgumentTypeError(f"{text} is not a size; use 512 or 512x768")
-    width, height = (text.split("x") * 2)[:2]
-    return int(width), int(height)
-
-
 # Every option by the name that VERBS uses; `flag` is its name on the command line if that differs.
 OPTIONS: dict[str, dict] = dict(
     images=dict(flag="images", help="folder with 3-5 pictures of one thing"),
@@ -824,7 +777,7 @@ OPTIONS: dict[str, dict] = dict(
     family=dict(choices=FAMILIES, help="family of the checkpoint, if its keys do not tell"),
     prediction=dict(choices=("eps", "v"), help="what it predicts, if the file does not tell"),
     vae=dict(metavar="PATH", help="another autoencoder, file or folder"),
-    clip_skip=dict(type=int, default=1, metavar="N", help="2 for models trained so (SD 1 only)"),
+    clip_skip=dict(type=int, default=1, choices=(1, 2), help="2 for models trained so (SD 1 only)"),
     device=dict(help="cuda, mps or cpu (default: the best there is)"),
     precision=dict(choices=PRECISIONS, help="of UNet and autoencoder (default: the device's best)"),
     seed=dict(type=int, default=0, help="of all random numbers (default 0)"),
@@ -837,7 +790,7 @@ OPTIONS: dict[str, dict] = dict(
     resume=dict(action="store_true", help="continue a run that was stopped"),
     vectors=dict(type=int, help="vectors per word (default 1; 3 if progressive)"),
     training_steps=dict(flag="--steps", type=int, help="steps (5000; SDXL 2000; bundled 600)"),
-    training_size=dict(flag="--size", type=int, help="pixels (default: the model's own size)"),
+    training_size=dict(flag="--size", type=side, help="pixels (default: the model's own size)"),
     batch_size=dict(type=int, help="pictures per step (4; SDXL 1; bundled 8)"),
     lr=dict(type=learning_rate, help="rate per picture (0.005; SDXL 0.002), or base, high, low"),
     stop=dict(choices=STOPS, default="never", help="auto: stop once the word has converged"),

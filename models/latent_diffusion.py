@@ -19,7 +19,7 @@ from .clip import CLIPTextEncoder, SDXLTextEncoder
 from .concepts import Concept
 from .layers import Conditioning, each
 from .schedule import Schedule
-from .tokenizers import BREAK, Placeholders, Tokenizer, Tokens, is_one_word, split_weights
+from .tokenizers import BREAK, Placeholders, Tokenizer, Tokens, check_names, split_weights
 from .unet import UNet
 
 # Which model a word belongs to, by the width of its vectors.
@@ -198,20 +198,17 @@ class LatentDiffusion:
 
     def check_placeholder(self, placeholder: str) -> None:
         """Raise ValueError for a placeholder that is no single word, or that the model knows."""
-        fault = None
-        if not is_one_word(placeholder):
-            fault = "is empty or has a space in it"
-        elif placeholder.isalnum() and len(self.known_ids(placeholder)) == 1:
-            fault = "is an ordinary word of this model"
-        if fault:
+        check_names([placeholder])
+        if placeholder.isalnum() and len(self.known_ids(placeholder)) == 1:
             raise ValueError(
-                f"placeholder {placeholder!r} {fault}; use one like <cat> (--placeholder '<cat>', "
-                "or --rename FILE='<cat>' for a finished word)"
+                f"placeholder {placeholder!r} is an ordinary word of this model; use one like "
+                "<cat> (--placeholder '<cat>', or --rename FILE='<cat>' for a finished word)"
             )
 
     def check_concepts(self, concepts: Sequence[Concept]) -> None:
         """Raise ValueError for words of another model's width, and for unusable placeholders."""
-        width, seen = self.text_encoder.token_table.shape[1], set()
+        width = self.text_encoder.token_table.shape[1]
+        check_names([concept.placeholder for concept in concepts])
         for concept in concepts:
             if (theirs := concept.vectors.shape[1]) != width:
                 base = concept.metadata.get("base_model") or WIDTHS.get(theirs, "unknown")
@@ -220,17 +217,11 @@ class LatentDiffusion:
                     f"{width} wide; it was learnt with another model ({base}), so give that with "
                     "--model"
                 )
-            if concept.placeholder in seen:
-                raise ValueError(
-                    f"two words are called {concept.placeholder}; give one another name: "
-                    "--rename FILE='<another>'"
-                )
             if (skip := concept.metadata.get("clip_skip")) not in (None, str(self.clip_skip)):
                 name = concept.placeholder
                 warnings.warn(f"{name} was learnt with clip skip {skip}; add --clip-skip {skip}")
             self.check_placeholder(concept.placeholder)
             self.warn_of_another_model(concept)
-            seen.add(concept.placeholder)
 
     def warn_of_another_model(self, concept: Concept) -> None:
         """Warn of a word that carries the fingerprint of another model."""

@@ -36,9 +36,17 @@ def any_of(words: Iterable[str]) -> str:
     return f"(?:{'|'.join(map(whole, sorted(words, key=len, reverse=True))) or '(?!)'})"
 
 
-def is_one_word(placeholder: str) -> bool:
-    """Return whether a placeholder is neither empty nor has a space in it."""
-    return bool(placeholder) and not re.search(r"\s", placeholder)
+def check_names(names: Sequence[str]) -> None:
+    """Raise ValueError for a placeholder that is no single word, and for two of the same name."""
+    for name in names:
+        if not name or re.search(r"\s", name):
+            raise ValueError(
+                f"placeholder {name!r} is empty or has a space in it; use one like <cat> "
+                "(--placeholder '<cat>', or --rename FILE='<cat>' for a finished word)"
+            )
+        if names.count(name) > 1:
+            other = "give one another name: --rename FILE='<another>'"
+            raise ValueError(f"two words are called {name}; {other}")
 
 
 class Tokenizer:

@@ -100,7 +100,7 @@ def test_mistakes_are_one_line_and_exit_status_2_of_the_process(tmp_path, argume
         (["--vectors", "0"], "vectors is 0"),
         (
             ["--init-word", "  "],
-            "no tokens that this model knows; use a word such as cat",
+            "--init-word is missing",
         ),
         (["--placeholder", "my cat"], "has a space in it; use one like <cat>"),
         (["--placeholder", ""], "is empty"),
@@ -132,8 +132,10 @@ def test_mistakes_in_learning(tmp_path, monkeypatch, capsys, change, says):
         (["--steps", "0"], "steps 0 is out of range; use 1 to 1000"),
         (["--eta", "2"], "eta is 2.0"),
         (["--sampler", "euler"], "invalid choice: 'euler'"),
-        (["--size", "65"], "must be multiples of 16"),
-        (["--size", "big"], "use 512 or 512x768"),
+        (["--size", "72"], "must be multiples of 16"),
+        (["--size", "65"], "'65' is not a size; use multiples of 8"),
+        (["--size", "64x64x64"], "is not a size; use multiples of 8"),
+        (["--size", "big"], "use multiples of 8"),
         (["--seed", "-3"], "seed is -3"),
         (["--guidance", "nan"], "guidance_scale is nan"),
         (["--concept", "nowhere.safetensors"], "no such file"),
@@ -555,6 +557,9 @@ def test_an_unknown_option_points_to_the_help_of_its_verb(capsys):
         (["invert", MUSHROOM, "--init-word", "a", "--lr", "nan"], "lr is nan"),
         (["invert", MUSHROOM, "--init-word", "a", "--seed", "-1"], "seed is -1"),
         (["invert", MUSHROOM, "--init-word", "a", "--placeholder", "a b"], "has a space in it"),
+        (["invert", MUSHROOM, "--init-word", "a", "--size", "100"], "use multiples of 8"),
+        (["invert", MUSHROOM, "--init-word", "a", "--clip-skip", "3"], "choose from 1, 2"),
+        (["invert", MUSHROOM, "--init-word", " "], "--init-word is missing"),
         (
             ["invert", MUSHROOM, "--init-word", "a", "--progressive", "--stop", "auto"],
             "leave that out",
@@ -563,11 +568,43 @@ def test_an_unknown_option_points_to_the_help_of_its_verb(capsys):
         (["sample", "a", "--rename", "a.pt"], "with = between"),
         (["sample", "a", "--singles", "p.png"], "give a folder"),
         (["sample", "a", "--out", ""], "'' is not a .png file"),
+        (["sample", "a", "--steps", "1001"], "use 1 to 1000"),
+        (["sample", "a", "--eta", "-1"], "eta is -1.0"),
+        (["sample", "a", "-n", "0"], "n is 0"),
+        (["sample", "a", "--seed", "-1"], "seed is -1"),
+        (["sample", "a", "--guidance", "inf"], "guidance_scale is inf"),
+        (["sample", "a", "--size", "0"], "is not a size"),
+        (["sample", "a", "--clip-skip", "0"], "choose from 1, 2"),
     ],
 )
 def test_what_needs_no_model_is_refused_before_one_is_loaded(capsys, monkeypatch, arguments, says):
     monkeypatch.setattr(textinv, "load_model", None)
     assert says in mistake(capsys, *arguments)
+
+
+def test_what_would_be_lost_is_said_before_the_model_is_loaded(word, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(textinv, "load_model", None)
+    learn = [*LEARN, "--out", word]
+    assert "continue with --resume" in mistake(capsys, *learn)
+    assert "seed 0, now it is 1" in mistake(capsys, *learn, "--resume", "--seed", "1")
+    for old, new in (("m.safetensors", "a b"), ("<m>", "a b")):
+        draw = ["sample", "a", "--concept", word, "--rename", f"{old}={new}"]
+        assert "has a space in it" in mistake(capsys, *draw)
+    again = ["sample", "<m>", "--concept", word, "--concept", word]
+    assert "two words are called <m>" in mistake(capsys, *again)
+    assert "two words are called <m>" in mistake(capsys, "show", "--prompt", *again[1:])
+
+
+@pytest.mark.parametrize("theirs", ["models.py", "models/__init__.py"])
+def test_a_module_of_the_same_name_in_the_way_is_named(tmp_path, theirs):
+    (tmp_path / theirs).parent.mkdir(exist_ok=True)
+    (tmp_path / theirs).write_text("class Net: pass\n")
+    code = f"import sys; sys.path.append({str(ROOT)!r}); import textinv"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"ImportError: {(tmp_path / theirs).resolve()} hides textinv's own")
 
 
 def test_captions_of_other_trainers(tmp_path):

@@ -1,0 +1,61 @@
+"""What the command lines of this project share: parsing, notes, exit status."""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from functools import cache
+
+from .files import Output, out_of_memory
+
+
+class Parser(argparse.ArgumentParser):
+    def parse_known_args(self, args=None, namespace=None):
+        """Refuse an unknown option here, in the parser of its verb, whose help lists the others."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unknown arguments: {' '.join(unknown)}")
+        return found, unknown
+
+    def error(self, message: str):  # argparse itself prints many lines of usage and exits
+        raise ValueError(f"{message}; see {self.prog} --help")
+
+
+def side(text: str) -> int:
+    """Return a number of pixels. The models' own units are multiples of 8."""
+    if not (text.isdecimal() and int(text) and int(text) % 8 == 0):
+        message = f"{text!r} is not a size; use multiples of 8, such as 512"
+        raise argparse.ArgumentTypeError(message)
+    return int(text)
+
+
+def picture_size(text: str) -> tuple[int, int]:
+    """Return width and height of "512x768", or of "512"."""
+    width, height = (text.split("x", 1) * 2)[:2]
+    return side(width), side(height)
+
+
+def exit_status(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> int:
+    """Run what the arguments ask for; return 0, or 2 with one line on standard error for a user's
+    mistake, or 130 after Ctrl-C. Warnings become notes, each said once."""
+    with redirect_stdout(Output(sys.stdout)), redirect_stderr(Output(sys.stderr)):
+        say = cache(lambda text: print(f"note: {text}", file=sys.stderr))
+        warnings.showwarning = lambda message, *_: say(str(message))
+        try:
+            args = parser.parse_args(argv)
+            return args.run(args) or 0
+        except (ValueError, OSError) as error:
+            reason = str(error)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            reason = (
+                "out of memory; what helps: --precision bf16, a smaller -n, --size or "
+                "--batch-size, --gradient-checkpointing, --preview-every 0, --device cpu"
+            )
+        except KeyboardInterrupt:
+            print("textinv: stopped", file=sys.stderr)
+            return 130
+        print(f"textinv: {' '.join(reason.split())}", file=sys.stderr)
+        return 2
