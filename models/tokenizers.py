@@ -1,10 +1,10 @@
-"""Text to token ids: BERT's WordPiece (LDM) and CLIP's byte-pair encoding (Stable Diffusion), and
+"""Text to token ids: BERT's WordPiece (LDM), CLIP's byte-pair encoding (Stable Diffusion), and
 weights in prompts.
 
-Placeholders, the new words of textual inversion, are cut out of the text before anything else reads
-it (paper, section 3: "a string containing our placeholder word is first converted into tokens").
-So they are matched case by case, are never split, and may be any string without spaces, but they
-are not found inside another word. `nfc` makes them equal however they were typed.
+Placeholders, the new words of textual inversion, are cut out of the text first (paper, section 3:
+"a string containing our placeholder word is first converted into tokens"). A placeholder may be any
+string without spaces. It is never split, its case matters, and it is not found inside other words.
+`nfc` makes two spellings of the same characters equal.
 """
 
 import gzip
@@ -12,7 +12,7 @@ import math
 import re
 import unicodedata
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -21,19 +21,16 @@ VOCAB = Path(__file__).parent / "vocab"
 Placeholders = Mapping[str, Sequence[int]]  # {"<cat>": its V consecutive ids}
 Tokens = list[tuple[int, float]]  # ids with their weights
 BREAK = -1  # the id that ends a chunk
-nfc = partial(unicodedata.normalize, "NFC")  # Unicode's form in which names are compared
+nfc = partial(unicodedata.normalize, "NFC")  # Unicode's form for comparing names
 
 
 def any_of(words: Iterable[str]) -> str:
-    """Return a pattern for any of the words, the longest first, each only where it stands by
-    itself: "my-cat" is not found in "my-cats"."""
-
-    def whole(word: str) -> str:
-        before = r"(?<!\w)" if re.match(r"\w", word) else ""
-        after = r"(?!\w)" if re.search(r"\w$", word) else ""
-        return before + re.escape(word) + after
-
-    return f"(?:{'|'.join(map(whole, sorted(words, key=len, reverse=True))) or '(?!)'})"
+    """Return a pattern for any of the words, longest first. It finds whole words only: "my-cat" is
+    not in "my-cats"."""
+    longest_first = sorted(words, key=len, reverse=True)
+    # \b goes to each end that is a letter or digit.
+    patterns = (re.sub(r"^\b|\b$", r"\\b", re.escape(word)) for word in longest_first)
+    return f"(?:{'|'.join(patterns) or '(?!)'})"
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -50,18 +47,29 @@ def check_names(names: Sequence[str]) -> None:
 
 
 class Tokenizer:
-    """The base of both tokenizers. Subclasses define the special ids, and `tokenize`: ids of a text
-    without placeholders, without start and end."""
+    """The base of both tokenizers. Subclasses define `split`, a text's words, and `split_word`, the
+    ids of a word."""
 
+    special: tuple[str, ...]  # tokens that a text may name, such as "[SEP]"
     ids: dict[str, int]  # every token of the vocabulary
     vocab_size: int
     start_id: int
     end_id: int
     pad_id: int
-    unknown_id: int | None = None  # CLIP's tokenizer has none, it knows every byte
+    unknown_id: int | None = None  # CLIP's tokenizer has none: it knows every byte
 
     def __init__(self, max_length: int):
         self.max_length = max_length
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the ids of a text without placeholders, without start and end."""
+        ids: list[int] = []
+        for piece in re.split(f"({any_of(self.special)})", text):
+            if piece in self.special:
+                ids.append(self.ids[piece])
+            else:
+                ids += [i for word in self.split(piece) for i in self.split_word(word)]
+        return ids
 
     def token_ids(self, text: str, placeholders: Placeholders = {}) -> list[int]:
         """Return all ids of a text, placeholders expanded, without start and end, not cut off."""
@@ -71,21 +79,21 @@ class Tokenizer:
         return ids
 
     def encode(self, text: str, placeholders: Placeholders = {}) -> list[int]:
-        """Return the ids with start and end, at most `max_length`, without padding."""
+        """Return at most `max_length` ids of a text, with start and end, without padding."""
         return self.frame(self.token_ids(text, placeholders))
 
     def frame(self, ids: list[int]) -> list[int]:
-        """Return start, as many of the ids as fit, and end."""
+        """Return start, as many ids as fit, and end."""
         return [self.start_id, *ids[: self.max_length - 2], self.end_id]
 
     def pad(self, ids: list[int]) -> list[int]:
         return ids + [self.pad_id] * (self.max_length - len(ids))
 
     def chunks(self, tokens: Tokens, placeholders: Placeholders) -> list[Tokens]:
-        """Return a prompt in chunks of `max_length` less 2 tokens, which CLIP encodes one by one.
+        """Return a prompt as chunks of up to `max_length` - 2 tokens. CLIP encodes each by itself.
 
-        As in A1111's web UI a full chunk ends at the last comma, if that is one of its last 20
-        tokens. The vectors of a learnt word are not torn apart."""
+        As in A1111's web UI, a full chunk is cut after its last comma, if that is among its last 20
+        tokens. The vectors of a learnt word stay in one chunk."""
         room, comma = self.max_length - 2, self.ids.get(",</w>")
         sizes = {ids[0]: len(ids) for ids in placeholders.values()}
         chunks: list[Tokens] = [[]]
@@ -104,7 +112,6 @@ class Tokenizer:
 # ------------------------------------------------------------------------------------ WordPiece
 
 BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-BERT_SPECIAL_PATTERN = re.compile(r"(\[(?:PAD|UNK|CLS|SEP|MASK)\])")
 MAX_WORD = 100  # characters; longer words are unknown
 # Blocks of Chinese characters. Each character is a word of its own.
 CJK = re.compile(
@@ -116,17 +123,18 @@ CJK = re.compile(
 class WordPieceTokenizer(Tokenizer):
     """The tokenizer of bert-base-uncased (Devlin et al. 2019), as the `tokenizers` library runs it.
 
-    vocab: the tokens in the order of their ids, one per line in the published vocab.txt.
+    vocab: the tokens in the order of their ids, as in the published vocab.txt.
     """
+
+    special = BERT_SPECIAL
 
     def __init__(self, vocab: Sequence[str], max_length: int = 77):
         super().__init__(max_length)
         self.ids = {token: i for i, token in enumerate(vocab)}
         self.vocab_size = len(vocab)
-        missing = [token for token in BERT_SPECIAL if token not in self.ids]
-        if missing:
+        if missing := [token for token in self.special if token not in self.ids]:
             raise ValueError(f"not a WordPiece vocabulary: it has no {', '.join(missing)}")
-        special = [self.ids[token] for token in BERT_SPECIAL]
+        special = (self.ids[token] for token in self.special)
         self.pad_id, self.unknown_id, self.start_id, self.end_id, _ = special
 
     @classmethod
@@ -134,34 +142,21 @@ class WordPieceTokenizer(Tokenizer):
         lines = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
         return cls(lines, max_length)
 
-    def tokenize(self, text: str) -> list[int]:
-        ids: list[int] = []
-        for piece in BERT_SPECIAL_PATTERN.split(text):
-            if piece in BERT_SPECIAL:
-                ids.append(self.ids[piece])
-            else:
-                for word in self.split(piece):
-                    ids += self.split_word(word)
-        return ids
-
     @staticmethod
     def split(text: str) -> list[str]:
         """Return lower-case words without accents. Each punctuation mark is a word."""
         category = unicodedata.category
         text = re.sub(r"[\t\n\r]", " ", text).replace("\ufffd", "")
-        # Control characters and their like vanish, unassigned characters do not.
+        # Control and format characters are dropped, unassigned characters are not.
         text = "".join(c for c in text if category(c) not in ("Cc", "Cf", "Co", "Cs"))
         text = CJK.sub(r" \g<0> ", text)
         plain = unicodedata.normalize("NFD", text)
         plain = "".join(c.lower() for c in plain if category(c) != "Mn")
-
-        def is_punctuation(c: str) -> bool:
-            return category(c)[0] == "P" or ("!" <= c <= "~" and not c.isalnum())
-
-        return "".join(f" {c} " if is_punctuation(c) else c for c in plain).split()
+        marks = {c for c in plain if category(c)[0] == "P" or ("!" <= c <= "~" and not c.isalnum())}
+        return "".join(f" {c} " if c in marks else c for c in plain).split()
 
     def split_word(self, word: str) -> list[int]:
-        """Return the longest piece in the vocabulary, then the longest of the rest, and so on."""
+        """Return the id of the longest piece the word begins with, then those of the rest."""
         pieces, start = [], 0
         while start < len(word):
             prefix = "##" if start else ""
@@ -176,23 +171,24 @@ class WordPieceTokenizer(Tokenizer):
 
 # ------------------------------------------------------------------- CLIP's byte-pair encoding
 
-CLIP_SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 # One printable character for each byte: itself, or the next free one for the 68 unprintable ones.
 PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), 256)]
 BYTES = {b: chr(b) for b in PRINTABLE}
 BYTES |= {b: chr(256 + i) for i, b in enumerate(sorted(set(range(256)) - set(PRINTABLE)))}
-# Python's \w counts "_" among the letters and its \s counts four control characters among the
-# spaces; CLIP does not.
+# Python's \w has "_" among the letters and its \s has four control characters among the spaces;
+# CLIP does not.
 CLIP_WORDS = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W_]+|(?:[^\w\s]|[_\x1c-\x1f])+")
 
 
 class CLIPTokenizer(Tokenizer):
     """CLIP's byte-pair encoding (Radford et al. 2021), as `transformers` 5 runs it.
 
-    merges: pairs of symbols that become one, the most frequent first. The ids follow from them: 256
-    bytes, 256 bytes that end a word, one symbol per merge, start, end. pad_id: end_id in Stable
-    Diffusion 1, 0 in 2.
+    merges: pairs of symbols that become one, the most frequent first. Ids follow from their order:
+    256 bytes, 256 bytes that end a word, one symbol per merge, start, end. pad_id: by default the
+    end's, as in Stable Diffusion 1; in 2 it is 0.
     """
+
+    special = ("<|startoftext|>", "<|endoftext|>")
 
     def __init__(
         self, merges: Sequence[tuple[str, str]], max_length: int = 77, pad_id: int | None = None
@@ -200,12 +196,11 @@ class CLIPTokenizer(Tokenizer):
         super().__init__(max_length)
         symbols = [*BYTES.values(), *(symbol + "</w>" for symbol in BYTES.values())]
         symbols += [first + second for first, second in merges]
-        self.ids = {symbol: i for i, symbol in enumerate([*symbols, *CLIP_SPECIAL])}
+        self.ids = {symbol: i for i, symbol in enumerate([*symbols, *self.special])}
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
-        self.start_id, self.end_id = (self.ids[token] for token in CLIP_SPECIAL)
+        self.start_id, self.end_id = (self.ids[token] for token in self.special)
         self.pad_id = self.end_id if pad_id is None else pad_id
         self.vocab_size = len(symbols) + 2
-        self.special = re.compile("(" + "|".join(map(re.escape, CLIP_SPECIAL)) + ")")
         self.cache: dict[str, list[int]] = {}
 
     @classmethod
@@ -216,10 +211,10 @@ class CLIPTokenizer(Tokenizer):
         pad_id: int | None = None,
         vocab_size: int | None = None,
     ) -> "CLIPTokenizer":
-        """Load CLIP's own merges, or a merges.txt, or the folder it is in; only as many merges as
-        `vocab_size` has room for. Raises ValueError if the file is no list of merges.
+        """Load CLIP's own merges, or a merges.txt, or the one in a folder; only as many merges as
+        `vocab_size` has room for. Raises ValueError if the file is not a list of merges.
 
-        The vocab.json of such a folder only repeats the order that follows from the merges.
+        A vocab.json beside it is not read: it repeats what follows from the merges.
         """
         path = Path(path or VOCAB / "clip_merges.txt.gz")
         path = path / "merges.txt" if path.is_dir() else path
@@ -232,25 +227,20 @@ class CLIPTokenizer(Tokenizer):
         limit = None if vocab_size is None else max(0, vocab_size - 2 * len(BYTES) - 2)
         return cls(merges[:limit], max_length, pad_id)
 
-    def tokenize(self, text: str) -> list[int]:
-        ids: list[int] = []
-        for piece in self.special.split(text):
-            if piece in CLIP_SPECIAL:
-                ids.append(self.ids[piece])
-                continue
-            # Character by character: str.lower would also turn a last capital sigma into ς.
-            piece = "".join(c.lower() for c in unicodedata.normalize("NFC", piece))
-            for word in CLIP_WORDS.findall(piece):
-                # Every digit is a word: Unicode's class N, which is isnumeric() without
-                # ideographs such as 一, which are letters at the same time.
-                for digit, chars in groupby(word, lambda c: c.isnumeric() and not c.isalpha()):
-                    for part in chars if digit else ["".join(chars)]:
-                        ids += self.split_word(part)
-        return ids
+    @staticmethod
+    def split(text: str) -> Iterator[str]:
+        """Yield lower-case words. Each digit is a word."""
+        # Trap: character by character, since str.lower turns a capital sigma at the end into ς.
+        for word in CLIP_WORDS.findall("".join(c.lower() for c in nfc(text))):
+            # A digit is of Unicode's class N: isnumeric() is true also for ideographs such as 一,
+            # which are letters.
+            for digit, run in groupby(word, lambda c: c.isnumeric() and not c.isalpha()):
+                chars = list(run)
+                yield from chars if digit else ["".join(chars)]
 
     def split_word(self, word: str) -> list[int]:
-        """Return the ids of a word: starting from bytes, join the pair that ranks first, again and
-        again."""
+        """Return the ids of a word: its bytes, of which the pair that ranks first is joined until
+        no pair is left."""
         if word not in self.cache:
             parts = [BYTES[b] for b in word.encode("utf-8")]
             parts[-1] += "</w>"
@@ -268,18 +258,18 @@ class CLIPTokenizer(Tokenizer):
 
 # ----------------------------------------------------------------------------- weights in prompts
 
-# As AUTOMATIC1111's web UI reads them (paper, appendix G: a word that takes over the prompt can be
-# turned down by "prompt re-weighting"):
+# They are read as in AUTOMATIC1111's web UI. (Paper, appendix G: "prompt re-weighting" turns down a
+# word that takes over the prompt.)
 #     a (word)       1.1 times as strong          a [word]      weaker by the same factor
 #     a (word:1.3)   1.3 times; brackets nest     a \(word\)    plain brackets
 #     BREAK          the next chunk of 75 tokens begins here
-# ComfyUI's "embedding:cat" is the word cat or <cat>, also with the ending of its file.
+# ComfyUI's "embedding:cat", or "embedding:cat.pt", is the word cat or <cat>.
 # `LatentDiffusion.encode_prompts` applies the weights to the text encoder's output.
 BRACKET = 1.1
 PROMPT_PARTS = (
     r"|(?P<network><(?:lora|lyco|hypernet):[^<>]*>)"  # A1111's call of another network
     r"|(?P<name>\bembedding:[^\s,:()\[\]]+|<[^<>\s]+>)"
-    r"|(?P<escaped>\\[()\[\]\\]?)"  # a bracket or backslash; a backslash alone is dropped
+    r"|(?P<escaped>\\[()\[\]\\]?)"  # a bracket or backslash; any other backslash is dropped
     r"|(?P<open>[(\[])|(?P<end>(?::\s*[^\s\\()\[\]:|]+\s*)?[)\]])"  # ":1.2)", or just ")"
     r"|(?P<BREAK>\bBREAK\b)|(?P<text>(?s:.))"
 )
@@ -287,14 +277,14 @@ Pieces = list[tuple[str | None, float]]  # texts, None for BREAK, with their wei
 
 
 def split_weights(prompt: str, words: Collection[str] = ()) -> Pieces:
-    """Return the prompt as pieces of text with one weight each, brackets and escapes resolved.
+    """Return the pieces of a prompt, each with its weight, brackets and escapes resolved.
 
-    A bracket that is never closed reaches to the end; one that was never opened is plain text.
-    words: the learnt ones, which are read before anything else. Warns of what is not supported.
-    Raises ValueError for a weight that is no number, or too large for one.
+    An open bracket that is never closed reaches to the end; one that only closes is plain text.
+    words: the learnt words, which are read before all else. Warns of what is not supported. Raises
+    ValueError for a weight that is not a number or too large.
     """
     pieces: Pieces = []
-    opened: dict[str, list[int]] = {"(": [], "[": []}  # where in `pieces` each one begins
+    opened: dict[str, list[int]] = {"(": [], "[": []}  # indices in `pieces` where each begins
 
     def close(bracket: str, factor: float) -> None:
         first = opened[bracket].pop()
@@ -322,11 +312,11 @@ def split_weights(prompt: str, words: Collection[str] = ()) -> Pieces:
 
 
 def bracket_end(inside: str, end: str, words: Collection[str]) -> tuple[str, float]:
-    """Return the text and the factor with which a bracket ends: "", 1.2 for ":1.2)", but ":D", 1.1
-    for ":D)". inside: the text in the bracket.
+    """Return the text and the factor of a bracket's end: "", 1.2 for ":1.2)", but ":D", 1.1 for
+    ":D)". inside: the text in the bracket.
 
-    Raises ValueError for a weight that is no number. Meant as a weight are digits with a comma or
-    several points, unless they follow another number, and what follows a learnt word's colon.
+    Raises ValueError for what is meant as a weight but is not a number: digits with a comma or
+    several points, unless they follow another number, or what follows a learnt word and a colon.
     """
     given = end[1:-1].strip()
     number = re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", given)
@@ -343,7 +333,7 @@ def bracket_end(inside: str, end: str, words: Collection[str]) -> tuple[str, flo
 
 
 def plain_text(part: str, kind: str, words: Collection[str]) -> str | None:
-    """Return the text of a part of a prompt, None for BREAK. Warns of what is no learnt word."""
+    """Return the text of one part of a prompt, None for BREAK. Warns of unknown words."""
     if kind == "name":
         names = {name: word for word in words for name in (word.strip("<>"), word)}
         name = part.removeprefix("embedding:")
