@@ -1,8 +1,8 @@
 """The model a user holds: text encoder, UNet, autoencoder and noise schedule in one object.
 
-It is the latent diffusion model of the paper's section 3: E and D are the autoencoder, c_theta
-the text encoder, eps_theta the UNet. Everything is frozen. Textual inversion adds one thing, in
-`embed`: ids that are not in the vocabulary are looked up in the learnt vectors.
+It is the latent diffusion model of the paper's section 3: E and D are the autoencoder, c_theta is
+the text encoder, eps_theta the UNet. All of it is frozen. Textual inversion adds one thing, in
+`embed`: ids beyond the vocabulary are looked up in the learnt vectors.
 """
 
 import warnings
@@ -25,7 +25,7 @@ from .unet import UNet
 # Which model a word belongs to, by the width of its vectors.
 WIDTHS = {768: "a Stable Diffusion 1", 1024: "a Stable Diffusion 2", 1280: "LDM text2img-large"}
 WIDTHS |= {2048: "a Stable Diffusion XL"}
-Context = Tensor | Conditioning  # (B, L, D); SDXL's has pooled text (B, P) beside it
+Context = Tensor | Conditioning  # (B, L, D); SDXL has pooled text (B, P) beside it
 
 
 @dataclass
@@ -38,15 +38,14 @@ class LatentDiffusion:
     family: str  # "ldm", "sd1", "sd2" or "sdxl"
     name: str = ""  # of the file or folder; "emoji" for the bundled model, an LDM
     size: int = 512  # side of the square pictures it was trained on, pixels
-    # Makes the variance of the latents about 1, as the noise schedule expects: at its end only
-    # noise of variance 1 is left. 0.18215 in LDM and Stable Diffusion 1 and 2, 0.13025 in XL.
+    # Scales the latents to a variance of about 1, that of the noise. 0.18215 in LDM and Stable
+    # Diffusion 1 and 2, 0.13025 in XL.
     scale_factor: float = 0.18215
     fingerprint: str = ""  # identifies the base model, the same in every precision and layout
-    stored: str = ""  # precision of its file: "float16"
+    stored: str = ""  # precision of its file, such as "float16"
     short_hash: str = ""  # of its file, as A1111's web UI computes it
-    clip_skip: int = 1  # layer of the text encoder that is used, counted from the last
-    # The model's own defaults where they are not the paper's: steps, batch_size, lr,
-    # guidance_scale.
+    clip_skip: int = 1  # 2: the text encoder's last layer but one is used
+    # steps, batch_size, lr, guidance_scale: this model's own, where they are not the paper's.
     defaults: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -61,7 +60,7 @@ class LatentDiffusion:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the UNet; the text encoder always computes in float32."""
+        """The UNet's precision. The text encoder always computes in float32."""
         return self.unet.out[2].weight.dtype
 
     def __str__(self) -> str:
@@ -76,7 +75,7 @@ class LatentDiffusion:
     # ------------------------------------------------------------------------------- text
 
     def placeholders(self, concepts: Sequence[Concept]) -> Placeholders:
-        """Return each placeholder with the ids of its vectors: consecutive, from vocab_size on."""
+        """Return the ids of each placeholder's vectors: consecutive, from `vocab_size` on."""
         ids: dict[str, range] = {}
         first = self.tokenizer.vocab_size
         for concept in concepts:
@@ -85,51 +84,48 @@ class LatentDiffusion:
         return ids
 
     def embed(self, ids: Tensor, vectors: Tensor | None) -> Tensor:
-        """Return token embeddings (B, L, D) of ids (B, L): here v* enters (paper, figure 2).
+        """Return token embeddings (B, L, D) of ids (B, L). Here v* enters (paper, figure 2).
 
-        Ids from `vocab_size` on are looked up in `vectors` (V, D), in order; the others in the
-        frozen table.
+        Id `vocab_size` + i is row i of `vectors` (V, D); the others are rows of the frozen table.
         """
         table = self.text_encoder.token_table
         if vectors is None:
             return F.embedding(ids, table)
         new = ids - self.tokenizer.vocab_size  # negative for ordinary words
         frozen = F.embedding(ids.masked_fill(new >= 0, 0), table)
-        # Trap: the gradient of vectors[new] is summed in an order that depends on the threads,
-        # that of F.embedding is not.
+        # Trap: the gradient of vectors[new] is summed in an order that depends on the threads. The
+        # gradient of F.embedding is not.
         learnt = F.embedding(new.clamp(min=0), vectors)
         return torch.where(new[..., None] >= 0, learnt, frozen)  # (B, L, D)
 
     def encode_text(self, prompts: Sequence[str], concepts: Sequence[Concept] = ()) -> Context:
-        """Return the context (B, L, D), float32, of prompts that may hold placeholders; for SDXL a
-        `Conditioning`.
+        """Return the context (B, L, D), float32, of prompts with placeholders; for SDXL a
+        `Conditioning`. It is differentiable in the concepts' vectors.
 
-        Differentiable with respect to the concepts' vectors. What does not fit into L tokens is
-        cut off. Brackets are plain text; `encode_prompts` reads them as weights.
+        Prompts are cut off after L tokens. Brackets are plain text; `encode_prompts` reads them as
+        weights.
         """
         placeholders = self.placeholders(concepts)
         rows = [self.tokenizer.token_ids(prompt, placeholders) for prompt in prompts]
         return self.encode_ids(rows, concepts)
 
     def encode_ids(self, rows: list[list[int]], concepts: Sequence[Concept]) -> Context:
-        """Return the context (B, L, D) of B rows of ids of any length, without start and end.
+        """Return the context (B, L, D) of B rows of ids, of any length, without start and end.
         Equal rows are encoded once."""
         tokens = [tuple(self.tokenizer.pad(self.tokenizer.frame(ids))) for ids in rows]
         distinct = list(dict.fromkeys(tokens))
         ids = torch.tensor(distinct, device=self.device)
-        vectors = None
-        if concepts:
-            vectors = torch.cat([c.vectors.to(self.device, torch.float32) for c in concepts])
-        # Trap: the end token is found by its id, for a learnt word's id is higher.
+        vectors = [concept.vectors.to(self.device, torch.float32) for concept in concepts]
+        # Trap: the end token is found by its id. It is not the highest: a learnt word's is higher.
         ends = (ids == self.tokenizer.end_id).int().argmax(dim=1)
-        context = self.text_encoder(self.embed(ids, vectors), ends)
+        context = self.text_encoder(self.embed(ids, torch.cat(vectors) if vectors else None), ends)
         where = torch.tensor([distinct.index(row) for row in tokens], device=self.device)
-        # Not part[where]: see the trap in `embed`.
+        # part[where] would have the trap of `embed`.
         return each(lambda part: part.index_select(0, where), context)
 
     def weighted_chunks(self, prompt: str, concepts: Sequence[Concept]) -> list[Tokens]:
-        """Return the ids of a prompt, each with its weight, in the chunks that the text encoder
-        reads one by one, without start and end. LDM's BERT reads one; warns of what is cut off."""
+        """Return the chunks of a prompt: ids with their weights, without start and end. The text
+        encoder reads them one by one. LDM has one chunk only; warns of what it cuts off."""
         placeholders = self.placeholders(concepts)
         tokens: Tokens = []
         for text, weight in split_weights(prompt, placeholders):
@@ -144,13 +140,13 @@ class LatentDiffusion:
         return [read[: self.tokenizer.max_length - 2]]
 
     def encode_prompts(self, prompts: Sequence[str], concepts: Sequence[Concept] = ()) -> Context:
-        """Return the context (B, k * L, D) as `encode_text` does, with brackets read as weights.
-        The k chunks of the longest prompt are side by side; others are filled up with empty ones.
+        """Return the context (B, k * L, D) as `encode_text` does, with brackets read as weights. k
+        is the number of chunks of the longest prompt; shorter prompts get empty chunks.
 
-        Each token's output is multiplied by its weight, then each chunk is scaled so that its mean
-        is what it was: the rule of AUTOMATIC1111's web UI, which knows CLIP only and takes each of
-        SDXL's two by itself. BERT's mean is close to 0, so LDM leaves the scaling out: it
-        multiplied whole prompts by -18. Raises ValueError for a weight that is no number.
+        As in AUTOMATIC1111's web UI, each token's output is multiplied by its weight, then each
+        chunk is scaled to the mean it had; for SDXL, each encoder's part by itself. LDM leaves the
+        scaling out: BERT's mean is close to 0, and scaling multiplied whole prompts by -18.
+        Raises ValueError for a weight that is not a number.
         """
         rows = [self.weighted_chunks(prompt, concepts) for prompt in prompts]
         k = max(map(len, rows), default=1)
@@ -165,14 +161,14 @@ class LatentDiffusion:
             pairs = zip(*(x.split(self.text_encoder.widths, dim=-1) for x in (context, scaled)))
             scaled = torch.cat([restore_mean(before, after) for before, after in pairs], dim=-1)
         scaled = scaled.reshape(len(prompts), -1, scaled.shape[-1])  # (B, k * L, D)
-        # Pooled text is that of the first chunk.
+        # Pooled text is taken from the first chunk.
         return replace(encoded[::k], context=scaled) if context is not encoded else scaled
 
     def conditioning(
         self, prompts: Sequence[str], concepts: Sequence[Concept] = (), negative: str = ""
     ) -> tuple[Context, Context]:
-        """Return the context (P, L, D) of the prompts and that of the negative prompt (1, L, D), as
-        `guided` takes them. Checks the concepts.
+        """Return the contexts of the prompts (P, L, D) and of the negative prompt (1, L, D), for
+        `guided`. Checks the concepts.
 
         Trap: SDXL was trained with zeros in place of the empty prompt.
         """
@@ -183,7 +179,7 @@ class LatentDiffusion:
         return context, each(torch.zeros_like, uncond) if zeros else uncond
 
     def token_text(self, i: int, concepts: Sequence[Concept] = ()) -> str:
-        """Return the text of an id: the vocabulary's entry, or a word and its vector's number."""
+        """Return the text of an id: the vocabulary's entry, or a word and the vector's number."""
         for name, ids in self.placeholders(concepts).items():
             if i in ids:
                 return f"{name}, vector {i - ids[0] + 1} of {len(ids)}"
@@ -193,8 +189,7 @@ class LatentDiffusion:
 
     def known_ids(self, text: str) -> list[int]:
         """Return the token ids of a text, without unknown tokens."""
-        tokenizer = self.tokenizer
-        return [i for i in tokenizer.token_ids(text) if i != tokenizer.unknown_id]
+        return [i for i in self.tokenizer.token_ids(text) if i != self.tokenizer.unknown_id]
 
     def check_placeholder(self, placeholder: str) -> None:
         """Raise ValueError for a placeholder that is no single word, or that the model knows."""
@@ -224,9 +219,9 @@ class LatentDiffusion:
             self.warn_of_another_model(concept)
 
     def warn_of_another_model(self, concept: Concept) -> None:
-        """Warn of a word that carries the fingerprint of another model."""
+        """Warn of a word that was learnt with another model, by the fingerprint in its file."""
         theirs, base = (concept.metadata.get(k, "") for k in ("base_model_hash", "base_model"))
-        # Trap: A1111's hashes, of fewer digits, are of another kind.
+        # Trap: A1111's hashes are another kind, with fewer digits.
         if len(theirs) == len(self.fingerprint) and theirs != self.fingerprint:
             warnings.warn(
                 f"{concept.placeholder} was learnt with {base or 'one'} (fingerprint {theirs}); "
@@ -243,12 +238,12 @@ class LatentDiffusion:
 
     @property
     def unit(self) -> int:
-        """What width and height of pictures must be multiples of, pixels."""
+        """Width and height of pictures are multiples of this, pixels."""
         return self.autoencoder.config.factor * 2 ** (len(self.unet.config.widths) - 1)
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
-        """Return (C, h, w) of the latents of pictures of `size` (width, height) pixels. Raises
-        ValueError for sizes that do not fit the model."""
+        """Return the shape (C, h, w) of the latents of pictures of `size` (width, height), pixels.
+        Raises ValueError for a size that does not fit the model."""
         factor, unit = self.autoencoder.config.factor, self.unit
         if any(s < unit or s % unit for s in size):
             raise ValueError(
@@ -259,15 +254,13 @@ class LatentDiffusion:
 
     @torch.no_grad()
     def encode_moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation (B, C, h, w), scaled, float32, of images (B, 3, H, W)
-        in [-1, 1]. mean + std * noise is a sample of the latents z ~ E(x)."""
-        moments = self.autoencoder.encode(images.to(self.device))
-        mean, std = (m.float() * self.scale_factor for m in moments)
-        return mean, std
+        """Return mean and standard deviation (B, C, h, w) of the latents of images (B, 3, H, W) in
+        [-1, 1]; scaled, float32. mean + std * noise is a sample z ~ E(x)."""
+        mean, std = self.autoencoder.encode(images.to(self.device))
+        return mean.float() * self.scale_factor, std.float() * self.scale_factor
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Return latents (B, C, h, w), scaled, float32, of images (B, 3, H, W) in [-1, 1]: the
-        mean."""
+        """Return the mean alone of `encode_moments`."""
         return self.encode_moments(images)[0]
 
     @torch.no_grad()
@@ -282,9 +275,8 @@ class LatentDiffusion:
     def guided(
         self, x_t: Tensor, t: Tensor, context: Context, uncond: Context, guidance_scale: float
     ) -> Tensor:
-        """Return the prediction by classifier-free guidance (Ho & Salimans 2021): pushed away from
-        the one for `uncond`, the negative prompt. Scale 1 is no guidance. Both run as one batch.
-        """
+        """Return the prediction by classifier-free guidance (Ho & Salimans 2021), pushed away from
+        that for `uncond`, the negative prompt. Both run as one batch. Scale 1 is no guidance."""
         if guidance_scale == 1:
             return self.unet(x_t, t, context).float()
         both = each(lambda u, c: torch.cat([u.expand_as(c), c]), uncond, context)  # (2B, L, D)
@@ -294,7 +286,7 @@ class LatentDiffusion:
 
 
 def restore_mean(before: Tensor, after: Tensor) -> Tensor:
-    """Return `after` (B, L, D), scaled so that each row's mean is that of `before`."""
-    # A mean is small beside the numbers it is the mean of, hence float64, which MPS has not.
+    """Return `after` (B, L, D), scaled so that each row has the mean of `before`."""
+    # float64, as the means are much smaller than the values; on the CPU, as MPS has no float64.
     old, new = (x.cpu().double().mean((1, 2), True) for x in (before, after))
     return after * (old / new).to(after)
