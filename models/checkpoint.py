@@ -9,16 +9,18 @@ import hashlib
 import json
 import re
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from . import naming
+from . import files, naming
 from .autoencoder import Autoencoder
 from .bert import BertConfig, BertTextEncoder
 from .clip import CLIP, CLIPConfig, CLIPTextEncoder, SDXLTextEncoder, TextConfig
-from .files import EXPECTED, CheckpointError, checking, contents, open_state, short_hash, some
+from .concepts import MAX_VECTORS, load_concepts
+from .files import EXPECTED, CheckpointError, checking, contents, open_state, some
 from .latent_diffusion import LatentDiffusion
 from .naming import Tensors, part
 from .published import checkpoint_in, find
@@ -40,14 +42,16 @@ SCHEDULER |= dict(num_train_timesteps="length", rescale_betas_zero_snr="zero_snr
 SCHEDULER |= dict(timestep_spacing="spacing")
 REFUSED = {  # a key in it: what the file is then
     r"lora_|.*\.(lora|hada|lokr)_": "a LoRA, which changes a model and is none",
-    r"(string_to_param|emb_params|emp_params|clip_[lg]|<.+>)$": "a word; give it to --concept",
     r"control_model\.": "a ControlNet, which steers a model and is none",
+    r"conv_first\.|.*(RDB|rdb)\d\.": "an upscaler of finished pictures",
+    r"model\.diffusion_model\.|(input|down)_blocks\.": "a UNet without a text encoder",
     r"(first_stage_model\.)?(encoder|decoder)\.": "an autoencoder alone; give it to --vae",
+    r"text_model\.|.*\.resblocks\.": "a text encoder without a UNet",
 }
 # Tensors that some programs leave in a file and that no model here needs.
 NEEDLESS = re.compile(
     r"(.*\.)?(position_ids|logit_scale|text_projection(\.weight)?|num_batches_tracked)$"
-    r"|visual_projection\.|vision_model\.|(.*\.)?to_logits\.|loss\.|(.*[._])?(lora|optimizer)[._]"
+    r"|visual_projection\.|vision_model\.|visual\.|(.*\.)?to_logits\.|loss\.|(.*[._])?(lora|optimizer)[._]"
 )
 
 # ------------------------------------------------------------------------------ what a file says
@@ -77,19 +81,6 @@ def find_family(state: Tensors) -> str:
     raise CheckpointError(f"not a text-to-image model, found {some(state)}; {EXPECTED}")
 
 
-def settings_beside(path: Path) -> dict[str, str]:
-    """Plain `key: value` lines of the original configuration beside a file, where there is one:
-    model.yaml beside model.ckpt, or config.yaml."""
-    for name in (path.with_suffix(".yaml"), path.with_name("config.yaml")):
-        if name.is_file():
-            text = name.read_text(errors="replace")
-            lines = re.findall(r"^\s*(\w+):[ \t]*[\"']?([^\s\"'#]+)", text, re.MULTILINE)
-            if scaling := re.search(r"\.(Eps|V)Scaling\b", text):  # SDXL's configuration
-                lines.append(("parameterization", scaling[1].lower()))
-            return dict(reversed(lines))  # the first of equal keys counts
-    return {}
-
-
 def read_single_file(path: Path, family: str | None) -> tuple[dict[str, Tensors], dict]:
     """LDM's or Stable Diffusion's own layout. EMA copies (`model_ema.`), the schedule's buffers
     and training leftovers are passed over, as in the original inference configuration."""
@@ -97,10 +88,10 @@ def read_single_file(path: Path, family: str | None) -> tuple[dict[str, Tensors]
     if any(key.startswith("edm_") for key in state):
         raise CheckpointError(f"a model trained as EDM, which is not supported; {EXPECTED}")
     family = family or find_family(state)
-    beside = settings_beside(path)
+    beside = files.settings_beside(path)
     number = {k: int(v) for k, v in beside.items() if v.isdigit()}
     known = dict(family=family, name=path.name, prediction=beside.get("parameterization"))
-    known["short_hash"] = short_hash(path)
+    known["short_hash"] = files.short_hash(path)
     # Fine-tunes say by empty tensors with these names what they are.
     known["schedule"] = dict(zero_snr="ztsnr" in state)
     known["prediction"] = "v" if "v_pred" in state else known["prediction"]
@@ -124,8 +115,10 @@ def read_single_file(path: Path, family: str | None) -> tuple[dict[str, Tensors]
         text = naming.text_up_to_penultimate(text, number.get("layers"))
     unet = part(state, "model.diffusion_model.")
     autoencoder = naming.vae_attention(part(state, "first_stage_model."))
-    for file in (path.with_name(f"{path.stem}.vae{ending}") for ending in (".safetensors", ".pt")):
+    for ending in ("safetensors", "pt", "ckpt"):
+        file = path.with_name(f"{path.stem}.vae.{ending}")
         if not autoencoder and file.is_file():
+            warnings.warn(f"{path} has no autoencoder; {file.name} beside it is taken")
             autoencoder, _ = read_autoencoder(file)
     return dict(unet=unet, autoencoder=autoencoder, text=text), known
 
@@ -133,11 +126,17 @@ def read_single_file(path: Path, family: str | None) -> tuple[dict[str, Tensors]
 def read_autoencoder(path: Path) -> tuple[Tensors, dict]:
     """Return the tensors and settings of an autoencoder by itself: a file in either layout, or a
     folder as diffusers writes it."""
-    path = path / "vae" if (path / "vae").is_dir() else path
-    state, config = read_component(path) if path.is_dir() else (open_state(path), {})
-    state = part(state, "first_stage_model.") or state
-    diffusers = any("_blocks." in key for key in state)
-    return (naming.autoencoder_from_diffusers if diffusers else naming.vae_attention)(state), config
+    expected = "expected an autoencoder: a file, or a vae folder in the diffusers layout"
+    with checking(path, expected):
+        path = path / "vae" if (path / "vae").is_dir() else path
+        config = read_json(path.with_name(CONFIG))
+        state, config = read_component(path) if path.is_dir() else (open_state(path), config)
+        state = part(state, "first_stage_model.") or state
+        if "post_quant_conv.weight" not in state:
+            raise CheckpointError(f"no autoencoder, found {some(state)}; {expected}")
+        diffusers = any("_blocks." in key for key in state)
+        rename = naming.autoencoder_from_diffusers if diffusers else naming.vae_attention
+        return rename(state), config
 
 
 def read_json(path: Path) -> dict:
@@ -170,6 +169,8 @@ def read_folder(path: Path, family: str | None) -> tuple[dict[str, Tensors], dic
     """Read a folder of Stable Diffusion 1, 2 or XL as diffusers writes it."""
     if (path / "bert").is_dir():
         raise CheckpointError("LDM as diffusers stores it; take its model.ckpt, or --model ldm")
+    if "Upscale" in (kind := read_json(path / "model_index.json").get("_class_name", "")):
+        raise CheckpointError(f"an upscaler of pictures ({kind}); {EXPECTED}")
     xl = (path / "text_encoder_2").exists()
     if xl and not (path / "text_encoder").exists():
         raise CheckpointError(f"the refiner of SDXL, which is not supported; {EXPECTED}")
@@ -177,6 +178,7 @@ def read_folder(path: Path, family: str | None) -> tuple[dict[str, Tensors], dic
     there = (path / "vae").is_dir()
     autoencoder, autoencoder_config = read_autoencoder(path / "vae") if there else ({}, {})
     text, text_config = read_component(path / "text_encoder")
+    text_config = text_config.get("text_config") or text_config  # of a whole CLIP
     scheduler = read_json(path / "scheduler" / "scheduler_config.json")
     unet = naming.unet_from_diffusers(unet)
     linear = unet["middle_block.1.proj_in.weight"].ndim == 2
@@ -188,9 +190,7 @@ def read_folder(path: Path, family: str | None) -> tuple[dict[str, Tensors], dic
         family=family or ("sdxl" if xl else "sd2" if linear else "sd1"),
         name=(root if root.name.startswith("models--") else path).name,
         prediction={"epsilon": "eps", "v_prediction": "v"}.get(kind, kind),
-        schedule={
-            SCHEDULER[k]: v for k, v in scheduler.items() if k in SCHEDULER and v is not None
-        },
+        schedule={ours: scheduler[key] for key, ours in SCHEDULER.items() if key in scheduler},
         text_heads=text_config.get("num_attention_heads"),
         groups=[c.get("norm_num_groups", 32) for c in (config, autoencoder_config)],
         scale_factor=float(autoencoder_config.get("scaling_factor", 0.13025 if xl else 0.18215)),
@@ -202,9 +202,11 @@ def read_folder(path: Path, family: str | None) -> tuple[dict[str, Tensors], dic
         known["attention"] = dict(heads=None, head_width=width)
     elif heads:
         known["attention"] = dict(heads=heads)
-    merges = path / "tokenizer" / "merges.txt"
-    known["vocabulary"] = merges if merges.is_file() else None
+    places = [path / "tokenizer" / name for name in ("merges.txt", "tokenizer.json")]
+    known["vocabulary"] = next((place for place in places if place.is_file()), None)
     text = naming.text_from_transformers(text)
+    if not xl:  # as transformers does with a file that has more layers than its configuration says
+        text = naming.first_layers(text, text_config.get("num_hidden_layers", len(text)))
     if xl:
         second, config = read_component(path / "text_encoder_2")
         text = naming.side_by_side(text, second)
@@ -212,12 +214,13 @@ def read_folder(path: Path, family: str | None) -> tuple[dict[str, Tensors], dic
     return dict(unet=unet, autoencoder=autoencoder, text=text), known
 
 
-def read_bundled(path: Path) -> tuple[dict[str, Tensors], dict]:
+def read_bundled(path: Path, family: str | None) -> tuple[dict[str, Tensors], dict]:
     """A folder like that of the bundled model: an LDM with its sizes in config.json."""
     config = read_json(path / CONFIG)
     if "norm_groups" not in config:
-        raise CheckpointError(f"found {contents(path)}; {EXPECTED}")
-    parts, known = read_single_file(path / "model.safetensors", "ldm")
+        kind = read_json(path / "model_index.json").get("_class_name", "no model")
+        raise CheckpointError(f"{kind}, found {contents(path)}; {EXPECTED}")
+    parts, known = read_single_file(path / "model.safetensors", family or "ldm")
     known |= {key: config[key] for key in ("name", "size", "prediction", "defaults")}
     return parts, known | dict(attention=dict(heads=config["heads"]), groups=config["norm_groups"])
 
@@ -281,25 +284,38 @@ def load_model(
     dtype = dtype or best_dtype(device)
     path = find(path, "model") if path is not None else BUNDLED
     with checking(path):
-        path = checkpoint_in(path)
-        if path.name == "model.safetensors" and "norm_groups" in read_json(path.parent / CONFIG):
-            path = path.parent
-        if not path.is_dir():
-            parts, known = read_single_file(path, family)
-        elif (path / "unet").is_dir():
-            parts, known = read_folder(path, family)
-        else:
-            parts, known = read_bundled(path)
+        parts, known = read_checkpoint(checkpoint_in(path), family, vae)
         known["prediction"] = prediction or known["prediction"]
-        if vae is not None:
-            parts["autoencoder"], config = read_autoencoder(find(vae, "vae"))
-            groups = known.get("groups", (32, 32))[0], config.get("norm_num_groups", 32)
-            known["groups"] = groups
-        elif not parts["autoencoder"]:
-            raise CheckpointError("it has no autoencoder; give one with --vae PATH")
         if clip_skip not in ((1, 2) if known["family"] == "sd1" else (1,)):
             raise CheckpointError(f"clip skip is {clip_skip}; use 2 with some SD 1 models, else 1")
         return assemble(parts, device, dtype, clip_skip=clip_skip, **known)
+
+
+def read_checkpoint(path: Path, family: str | None, vae: str | Path | None):
+    """Return the tensors of all networks, with another autoencoder if `vae` says so, and the
+    arguments of `assemble` that are known."""
+    if path.name == "model.safetensors" and "norm_groups" in read_json(path.parent / CONFIG):
+        path = path.parent
+    read = read_folder if (path / "unet").is_dir() else read_bundled
+    try:
+        parts, known = (read if path.is_dir() else read_single_file)(path, family)
+    except CheckpointError:
+        words = []
+        with suppress(ValueError, OSError):
+            words = [concept.placeholder for concept in load_concepts(path)]
+        if words:
+            kind = "a word; give it to --concept"
+            raise CheckpointError(f"{kind}; found {some(words)}; {EXPECTED}") from None
+        raise
+    if vae is not None:
+        parts["autoencoder"], config = read_autoencoder(find(vae, "vae"))
+        known["groups"] = known.get("groups", (32, 32))[0], config.get("norm_num_groups", 32)
+        if "scaling_factor" in config:
+            known["scale_factor"] = float(config["scaling_factor"])
+    elif not parts["autoencoder"]:
+        beside = f"{path.stem}.vae.safetensors"
+        raise CheckpointError(f"it has no autoencoder; give one with --vae PATH, or as {beside}")
+    return parts, known
 
 
 def assemble(
@@ -402,9 +418,11 @@ def without_added_words(text: Tensors, vocabulary: Path | None) -> Tensors:
     Warns of them."""
     key = next(k for k in text if k.endswith(("token_table", "token_embedding.weight")))
     known = CLIPTokenizer.load(vocabulary).vocab_size
-    if len(text[key]) <= known:
+    if not known < len(text[key]) <= known + MAX_VECTORS:
         return text
     added = read_json(vocabulary.with_name("added_tokens.json")) if vocabulary else {}
+    if vocabulary and vocabulary.suffix == ".json":  # of transformers 5
+        added |= {token["content"]: token["id"] for token in read_json(vocabulary)["added_tokens"]}
     names = ", ".join(name for name, i in added.items() if i >= known)
     warnings.warn(
         f"the text encoder has {len(text[key]) - known} more words than its vocabulary"

@@ -112,8 +112,9 @@ def open_state(path: Path) -> dict[str, Tensor]:
         content, _ = open_content(path)
         if isinstance(content, Stub):
             content = tensors_of_modules(content)
-        if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-            content = content["state_dict"]
+        for level in ("state_dict", "params_ema", "params"):  # the latter two: upscalers'
+            if isinstance(content, dict) and isinstance(content.get(level), dict):
+                content = content[level]
         if not isinstance(content, dict):
             raise CheckpointError(f"holds no table of tensors; {EXPECTED}")
         if not (tensors := tensors_in(content)):
@@ -306,6 +307,19 @@ def write_png(path: str | Path, image: Image.Image, text: dict, overwrite: bool)
     buffer = io.BytesIO()
     image.save(buffer, "PNG", pnginfo=info)
     write_file(path, buffer.getvalue(), overwrite)
+
+
+def settings_beside(path: Path) -> dict[str, str]:
+    """Plain `key: value` lines of the original configuration beside a file, where there is one:
+    model.yaml beside model.ckpt, or config.yaml."""
+    for name in (path.with_suffix(".yaml"), path.with_name("config.yaml")):
+        if name.is_file():
+            text = name.read_text(errors="replace")
+            lines = re.findall(r"^\s*(\w+):[ \t]*[\"']?([^\s\"'#]+)", text, re.MULTILINE)
+            if scaling := re.search(r"\.(Eps|V)Scaling\b", text):  # SDXL's configuration
+                lines.append(("parameterization", scaling[1].lower()))
+            return dict(reversed(lines))  # the first of equal keys counts
+    return {}
 
 
 def short_hash(path: Path) -> str:

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from .files import CheckpointError
+
 Tensors = dict[str, Tensor]
 
 
@@ -178,8 +180,15 @@ def text_up_to_penultimate(state: Tensors, layers: int | None) -> Tensors:
     there = count(state, r"text_model\.encoder\.layers\.(\d+)\.")
     full = any(k.startswith(("text_projection", "logit_scale")) for k in state)
     layers = OPEN_CLIP_LAYERS.get(width) or layers or (there if full else there + 1)
-    last = f"text_model.encoder.layers.{layers - 1}."
-    return {k: v for k, v in state.items() if not k.startswith(last)}
+    if there < layers - 1:
+        raise CheckpointError(f"its text encoder has {there} of {layers} layers; download it again")
+    return first_layers(state, layers - 1)
+
+
+def first_layers(state: Tensors, layers: int) -> Tensors:
+    """Return CLIP's text tower without the layers from number `layers` on."""
+    numbers = {k: re.search(r"\.layers\.(\d+)\.", k) for k in state}
+    return {k: v for k, v in state.items() if not numbers[k] or int(numbers[k][1]) < layers}
 
 
 def text_from_sdxl(state: Tensors) -> Tensors:

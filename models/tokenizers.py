@@ -8,6 +8,7 @@ string without spaces. It is never split, its case matters, and it is not found 
 """
 
 import gzip
+import json
 import math
 import re
 import unicodedata
@@ -211,8 +212,8 @@ class CLIPTokenizer(Tokenizer):
         pad_id: int | None = None,
         vocab_size: int | None = None,
     ) -> "CLIPTokenizer":
-        """Load CLIP's own merges, or a merges.txt, or the one in a folder; only as many merges as
-        `vocab_size` has room for. Raises ValueError if the file is not a list of merges.
+        """Load CLIP's own merges, or a merges.txt, the one in a folder, or a tokenizer.json; only
+        as many merges as `vocab_size` has room for. Raises ValueError if there are no merges.
 
         A vocab.json beside it is not read: it repeats what follows from the merges.
         """
@@ -221,6 +222,9 @@ class CLIPTokenizer(Tokenizer):
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         lines = data.decode("utf-8").split("\n")
         lines = lines[lines[0].startswith("#version") :]
+        if path.suffix == ".json":
+            pairs = json.loads(data)["model"]["merges"]
+            lines = [pair if isinstance(pair, str) else " ".join(pair) for pair in pairs]
         merges = [tuple(line.split()) for line in lines if line]
         if any(len(pair) != 2 for pair in merges):
             raise ValueError(f"not a list of merges, two symbols a line: {path}")

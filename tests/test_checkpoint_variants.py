@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import diffusers
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from models import checkpoint, naming
 from models.checkpoint import load_model
+from models.concepts import Concept
 from models.files import CheckpointError
 from models.latent_diffusion import LatentDiffusion
 
@@ -85,6 +87,33 @@ def test_sd2_in_the_layout_of_sgm(tmp_path):
     state["model.diffusion_model.label_emb.0.0.weight"] = torch.zeros(1)
     with pytest.raises(CheckpointError, match="the refiner of SDXL"):
         load_model(single(tmp_path, "sd2", state))
+
+
+def test_a_whole_open_clip(tmp_path):
+    state = tensors("sd2") | {"cond_stage_model.model.visual.proj": torch.zeros(3, 3)}
+    assert_same(single(tmp_path, "sd2", state), "sd2")
+
+
+@pytest.mark.parametrize("lost", (20, 22))
+def test_layers_that_are_missing(lost):
+    """Of the 24 of ViT-H the last one may be missing, and no other."""
+    keys = [f"text_model.encoder.layers.{i}.mlp.fc1.bias" for i in range(lost)]
+    state = dict.fromkeys(keys, torch.zeros(1))
+    state["text_model.final_layer_norm.weight"] = torch.zeros(1024)
+    with pytest.raises(CheckpointError, match=f"{lost} of 24 layers"):
+        naming.text_up_to_penultimate(state, None)
+
+
+@pytest.mark.parametrize("whole", (False, True))
+def test_a_folder_with_more_layers_than_its_configuration_says(tmp_path, whole):
+    """As with transformers, also where the text encoder is the text tower of a whole CLIP."""
+    path = folder(tmp_path, "sd2") / "text_encoder"
+    text, config = tensors("sd2", "text_encoder"), json.loads((path / "config.json").read_text())
+    more = {k.replace("layers.1.", "layers.2."): v + 1 for k, v in text.items() if "layers.1." in k}
+    more |= {"vision_model.pre_layrnorm.bias": torch.zeros(3)} if whole else {}
+    save_file(text | more, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps({"text_config": config} if whole else config))
+    assert_same(path.parent, "sd2")
 
 
 @pytest.mark.parametrize("family", ("sd1", "sd2"))
@@ -172,6 +201,35 @@ def test_a_file_without_an_autoencoder(tmp_path, prefix):
     assert_same(path, "sd1")
 
 
+@pytest.mark.parametrize("layout", ("CompVis", "diffusers", "training", "checkpoint"))
+@pytest.mark.parametrize("ending", ("safetensors", "pt", "ckpt"))
+def test_the_autoencoder_beside_a_file(tmp_path, ending, layout):
+    state = {k: v for k, v in tensors("sd1").items() if not k.startswith("first_stage")}
+    path = single(tmp_path, "sd1", state)
+    with pytest.raises(CheckpointError, match="--vae PATH, or as model.vae.safetensors"):
+        load_model(path)
+    vae = naming.part(tensors("sd1"), "first_stage_model.")
+    vae |= {"loss.logvar": torch.zeros(1)} if layout == "training" else {}
+    vae = tensors("sd1", "vae") if layout == "diffusers" else vae
+    vae = tensors("sd1") if layout == "checkpoint" else vae
+    file = tmp_path / f"model.vae.{ending}"
+    save_file(vae, file) if ending == "safetensors" else torch.save({"state_dict": vae}, file)
+    with pytest.warns(UserWarning, match=f"has no autoencoder; model.vae.{ending} beside it"):
+        assert_same(path, "sd1")
+
+
+def test_settings_of_another_autoencoder(tmp_path):
+    path = folder(tmp_path, "sd1") / "vae"
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.5}))
+    for given in (path, path / UNET_FILE, path.parent):
+        model = load_model(TINY / "sd1/model.safetensors", vae=given)
+        assert model.scale_factor == 0.5
+    for wrong, told in ((path.parent / "text_encoder", "no autoencoder"), ("none", "no such")):
+        with pytest.raises(CheckpointError, match=f"{told}.*expected|{told}.*possible"):
+            load_model(TINY / "sd1/model.safetensors", vae=wrong)
+
+
 def test_needless_tensors_are_passed_over_by_name(tmp_path):
     text, unet = "cond_stage_model.transformer.", "model.diffusion_model."
     for name in (
@@ -200,6 +258,32 @@ def test_a_text_encoder_with_words_of_an_earlier_inversion(tmp_path, family):
         assert_same(path, family)
 
 
+@pytest.mark.parametrize("words", ((), ("<cat>", "<dog>")))
+def test_a_folder_of_transformers_5_with_words(tmp_path, words):
+    """It has a tokenizer.json alone."""
+    transformers = pytest.importorskip("transformers")
+    path = folder(tmp_path, "sd1")
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(path / "tokenizer")
+    shutil.rmtree(path / "tokenizer")
+    tokenizer.add_tokens(list(words))
+    tokenizer.save_pretrained(path / "tokenizer")
+    text, key = tensors("sd1", "text_encoder"), "text_model.embeddings.token_embedding.weight"
+    text[key] = torch.cat([text[key], torch.ones(len(words), 32, dtype=text[key].dtype)])
+    save_file(text, path / "text_encoder/model.safetensors")
+    with warnings.catch_warnings(record=True) as notes:
+        model = assert_same(path, "sd1")
+    assert model.tokenizer.vocab_size == 640
+    assert [word in str(note.message) for word in words for note in notes] == [True] * len(words)
+
+
+def test_a_vocabulary_that_was_cut_off(tmp_path):
+    path, key = folder(tmp_path, "sd1"), "text_model.embeddings.token_embedding.weight"
+    text = tensors("sd1", "text_encoder")
+    save_file(text | {key: torch.ones(5000, 32)}, path / "text_encoder/model.safetensors")
+    with pytest.raises(CheckpointError, match="knows 5000 tokens, its vocabulary has 640"):
+        load_model(path)
+
+
 @pytest.mark.parametrize("variant", ("bf16", "non_ema", "shards", "bin shards"))
 def test_variants_and_shards(tmp_path, variant):
     path = folder(tmp_path, "sd1")
@@ -226,6 +310,12 @@ def test_variants_and_shards(tmp_path, variant):
         ({"unet.down_blocks.0.to_q.lora_A.weight": torch.zeros(4, 4)}, "a LoRA"),
         ({"emb_params": torch.zeros(1, 768)}, "a word; give it to --concept"),
         ({"<cat>": torch.zeros(768)}, "a word; give it to --concept"),
+        ({"my-cat": torch.zeros(2, 768)}, "a word; give it to --concept"),
+        ({"clip_l": torch.zeros(1, 768), "clip_g": torch.zeros(1, 1280)}, "a word; give it"),
+        ({"conv_first.weight": torch.zeros(4)}, "an upscaler"),
+        ({"model.1.sub.0.RDB1.conv1.0.weight": torch.zeros(4)}, "an upscaler"),
+        ({"text_model.final_layer_norm.weight": torch.zeros(4)}, "a text encoder without"),
+        ({"model.diffusion_model.out.2.weight": torch.zeros(4)}, "a UNet without"),
         ({"control_model.time_embed.0.weight": torch.zeros(4)}, "a ControlNet"),
     ),
 )
@@ -233,6 +323,33 @@ def test_what_is_no_model_is_called_by_its_name(tmp_path, state, message):
     save_file(state, tmp_path / "file.safetensors")
     with pytest.raises(CheckpointError, match=message):
         load_model(tmp_path / "file.safetensors")
+
+
+@pytest.mark.parametrize("format, ending", (("paper", "pt"), ("a1111", "pt"), ("a1111", "png")))
+def test_words_of_other_programs_are_no_model(tmp_path, format, ending):
+    Concept("<cat>", torch.ones(1, 768)).save(tmp_path / f"cat.{ending}", format=format)
+    with pytest.raises(CheckpointError, match="a word; give it to --concept"):
+        load_model(tmp_path / f"cat.{ending}")
+
+
+def test_upscalers_as_they_are_published(tmp_path):
+    torch.save({"params_ema": {"body.0.rdb1.conv1.weight": torch.zeros(1)}}, tmp_path / "x4.pth")
+    with pytest.raises(CheckpointError, match="an upscaler"):
+        load_model(tmp_path / "x4.pth")
+
+
+def test_folders_of_other_pipelines(tmp_path):
+    for name, part, told in (
+        ("StableDiffusionUpscalePipeline", "unet", "an upscaler"),
+        ("LDMTextToImagePipeline", "bert", "--model ldm"),
+        ("StableDiffusion3Pipeline", "transformer", "StableDiffusion3Pipeline"),
+    ):
+        path = tmp_path / name
+        for kind in {part, "vae", "unet" if part == "bert" else part}:
+            (path / kind).mkdir(parents=True)
+        (path / "model_index.json").write_text(json.dumps({"_class_name": name}))
+        with pytest.raises(CheckpointError, match=told):
+            load_model(path)
 
 
 def test_the_bundled_file_by_itself():
