@@ -314,10 +314,12 @@ def test_a_folder_that_ends_in_noise(folder, tmp_path):
 
 def test_models_of_their_like_are_refused(changed, folder, tmp_path):
     markers = {"edm_mean": "EDM", "edm_vpred.sigma_max": "EDM"}
-    markers["conditioner.embedders.0.model.ln_final.bias"] = "refiner"
     for key, name in markers.items():
         with pytest.raises(CheckpointError, match=name):
             textinv.load_model(changed({key: torch.zeros(1)}))
+    second = {"conditioner.embedders.0.model.ln_final.bias": torch.zeros(1)}  # bigG alone
+    with pytest.raises(CheckpointError, match="refiner"):
+        textinv.load_model(changed(second, "conditioner."))
     key = "model.diffusion_model.input_blocks.0.0.weight"
     with pytest.raises(CheckpointError, match="inpainting"):
         textinv.load_model(changed({key: torch.zeros(32, 9, 3, 3)}))
