@@ -56,7 +56,7 @@ class Upsample(nn.Sequential):
 
 @dataclass
 class Conditioning:
-    """What SDXL's UNet is conditioned on. The other families' have the context alone, a tensor."""
+    """What SDXL's UNet is conditioned on. Other UNets are given the context alone, a tensor."""
 
     context: Tensor  # (B, L, D)
     pooled: Tensor  # (B, P): the text as a whole

@@ -45,7 +45,7 @@ class UNetConfig:
 
 
 class ResBlock(nn.Module):
-    """Residual block, (b, c_in, h, w) to (b, c_out, h, w). emb (b, emb_dim): the timestep's."""
+    """Residual block, (b, c_in, h, w) to (b, c_out, h, w). emb (b, emb_dim): timestep embedding."""
 
     def __init__(self, c_in: int, c_out: int, config: UNetConfig):
         super().__init__()
@@ -161,12 +161,12 @@ class UNet(nn.Module):
                 layers.append(SpatialTransformer(widths[level], depth, config))
             return layers
 
-        self.time_embed = nn.Sequential(
-            nn.Linear(widths[0], emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim)
-        )
+        def embed(dim: int) -> nn.Sequential:
+            return nn.Sequential(nn.Linear(dim, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+
+        self.time_embed = embed(widths[0])
         if config.vector_dim:
-            layers = nn.Linear(config.vector_dim, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim)
-            self.label_emb = nn.Sequential(nn.Sequential(*layers))
+            self.label_emb = nn.Sequential(embed(config.vector_dim))
         self.input_blocks = nn.ModuleList([Block(conv3x3(config.channels, widths[0]))])
         skips = [widths[0]]
         for level, width in enumerate(widths):
