@@ -559,7 +559,7 @@ def test_command_line(layout, folder, tmp_path, capsys, monkeypatch):
 
 def test_a_size_that_does_not_fit(tmp_path, capsys):
     Image.new("RGB", (64, 64)).save(tmp_path / "cat.png")
-    learn = ("invert", tmp_path, "--init-word", "cat", "--size", "66", "--out", tmp_path / "c/d.pt")
+    learn = ("invert", tmp_path, "--init-word", "cat", "--size", "72", "--out", tmp_path / "c/d.pt")
     model = ("--model", TINY / "model.safetensors")
     assert textinv.main([str(argument) for argument in (*learn, *model)]) == 2
     assert "multiples of 16" in capsys.readouterr().err
