@@ -267,11 +267,10 @@ def train(
         raise ValueError(f"the run is over after {state.step} steps; ask for more, or start over")
     scale = 2.0**12 if model.dtype == torch.float16 else 1.0
     fixed_loss = fixed_loss if stop == "auto" else None
-    usual_norm = model.text_encoder.token_table.float().norm(dim=1).median().item()
-    return training(state, loss_of, fixed_loss, progressive, scale, on_gradients, usual_norm)
+    return training(state, loss_of, fixed_loss, progressive, scale, on_gradients, far_norm(model))
 
 
-def training(state: State, loss_of, fixed_loss, progressive, scale, on_gradients, usual_norm):
+def training(state: State, loss_of, fixed_loss, progressive, scale, on_gradients, far):
     """Yield the state after each remaining step of `train`, whose closures and options these are.
 
     Trap: in fp16 the gradient of the loss, which is divided by the number of latents, is too small
@@ -292,13 +291,12 @@ def training(state: State, loss_of, fixed_loss, progressive, scale, on_gradients
             on_gradients(loss, gradients)
         check_finite(step, gradients, parts)
         state.optimizer.step()
-        norm = word.vectors.detach().norm(dim=1).max()
-        if norm > 50 * usual_norm:
+        if (norm := word.vectors.detach().norm(dim=1).max().item()) > far:
             warnings.warn(
-                f"step {step}: the word's norm is {norm:.0f}, that of the model's own words "
-                f"{usual_norm:.2f}: useless in prompts; start over with a lower lr (--lr)"
+                f"step {step}: the word's norm is {norm:,.0f}, far from all words of the model, so "
+                "it is useless in prompts; start over with a lower lr (--lr base)"
             )
-            usual_norm = math.inf  # said once
+            far = math.inf  # said once
         word.metadata["steps"] = str(step)
         state = replace(state, step=step, loss=loss, concept=words[0], fixed_loss=None)
         if fixed_loss and step % STOP_EVERY == 0:
@@ -309,6 +307,14 @@ def training(state: State, loss_of, fixed_loss, progressive, scale, on_gradients
         yield state
         if state.over:
             return
+
+
+def far_norm(model: LatentDiffusion) -> float:
+    """Return a norm that no good word reaches: twelve times that of the model's own words, and at
+    least as far as a random walk comes with the usual rate and number of steps."""
+    table, usual = model.text_encoder.token_table.float(), PAPER | model.defaults
+    walk = usual["lr"] * usual["batch_size"] * math.sqrt(usual["steps"] * table.shape[1])
+    return max(12 * table.norm(dim=1).median().item(), walk)
 
 
 def check_finite(step: int, gradients: Sequence[Tensor], parts: Mapping[str, Tensor]) -> None:

@@ -620,8 +620,10 @@ def test_captions_of_other_trainers(tmp_path):
 
 def test_a_norm_far_from_the_tables_is_said_once(tmp_path, capsys):
     learn = [*LEARN, "--preview-every", "0", "--steps", "3"]
-    assert textinv.main([*learn, "--lr", "100", "--out", str(tmp_path / "a.pt")]) == 0
-    assert capsys.readouterr().err.count("start over with a lower lr") == 1
+    for lr in ("100", "3"):
+        out = ["--out", str(tmp_path / f"{lr}.pt")]
+        assert textinv.main([*learn, "--lr", lr, *out]) == 0
+        assert capsys.readouterr().err.count("start over with a lower lr") == 1
     assert textinv.main([*learn, "--out", str(tmp_path / "b.pt")]) == 0
     said = capsys.readouterr().err
     assert "lower lr" not in said and "photograph" not in said
