@@ -455,6 +455,7 @@ for _ in range(2):
 def test_the_same_seed_gives_the_same_bits_with_default_threads():
     """In two processes, twice in each, with as many threads as torch takes by itself."""
     environment = {k: v for k, v in os.environ.items() if not k.endswith("_NUM_THREADS")}
+    environment["OMP_WAIT_POLICY"] = "PASSIVE"  # else the two wait for each other for minutes
     command = [sys.executable, "-c", BITS, str(MUSHROOM)]
     options = dict(cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE)
     runs = [subprocess.Popen(command, **options) for _ in range(2)]
