@@ -217,3 +217,9 @@ def test_a_png_with_much_text_is_read(tmp_path):
     text.add_text("workflow", "x" * 5_000_000, zip=True)
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png", pnginfo=text)
     assert textinv.open_image(tmp_path / "a.png").getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("size, least, side", ((64, 256, 256), (100, 256, 300), (512, 256, 512)))
+def test_small_pictures_are_enlarged_in_a_grid(size, least, side):
+    sheet = images.grid([Image.new("RGB", (size, size), "red")] * 4, least=least)
+    assert sheet.size == (2 * side + 2, 2 * side + 2) and sheet.getpixel((5, 5)) == (255, 0, 0)

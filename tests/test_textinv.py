@@ -548,3 +548,18 @@ def test_every_verb_on_another_device(tmp_path, capsys):
         ):
             assert textinv.main(verb) == 0, verb
     assert "on meta" in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------- from Python
+
+
+def test_invert_shows_its_progress_and_names_the_word_after_the_folder(model, capsys):
+    word = textinv.invert(model, MUSHROOM, "plant", steps=2, batch_size=1, progress=True)
+    assert "2/2" in capsys.readouterr().err and word.placeholder == "<mushroom>"
+    pictures = sorted(MUSHROOM.glob("*.png"))
+    word = textinv.invert(model, pictures, "plant", steps=1, batch_size=1)
+    assert capsys.readouterr().err == "" and word.placeholder == "<s>"
+
+
+def test_a_word_prints_short():
+    assert len(repr(textinv.Concept("<cat>", torch.zeros(3, 768), {"templates": "x" * 999}))) < 100
