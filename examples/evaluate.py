@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import repository  # noqa: F401
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,7 @@ from tqdm import tqdm
 
 import textinv
 from models.checkpoint import BUNDLED, load_clip
-from models.clip import CLIP, preprocess
+from models.clip import CLIP, MEAN, STD
 from models.concepts import Concept, load_concept
 from models.files import free_png, free_target, write_table
 from models.images import find_images, open_image
@@ -92,6 +93,19 @@ class Scorer:
         rows = [self.tokenizer.pad(self.tokenizer.encode(text)) for text in texts]
         ids, end_id = torch.tensor(rows, device=self.clip.logit_scale.device), self.tokenizer.end_id
         return unit_features(ids, lambda rows: self.clip.encode_text(rows, end_id))
+
+
+def preprocess(images: Sequence[Image.Image], size: int) -> Tensor:
+    """Return pictures as CLIP reads them, (B, 3, size, size): the shorter side resized (bicubic),
+    cropped to the centre, normalised."""
+    rows = []
+    for image in images:
+        w, h = (size * side // min(image.size) for side in image.size)
+        image = image.convert("RGB").resize((w, h), Image.Resampling.BICUBIC)
+        left, top = round((w - size) / 2), round((h - size) / 2)
+        rows.append(np.asarray(image.crop((left, top, left + size, top + size))))
+    pixels = torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).float() / 255
+    return (pixels - MEAN) / STD
 
 
 def unit_features(rows: Sequence | Tensor, encode: Callable[[Sequence | Tensor], Tensor]) -> Tensor:

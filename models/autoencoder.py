@@ -22,8 +22,7 @@ class AutoencoderConfig:
 
     @property
     def factor(self) -> int:
-        """Pixels per latent along each side."""
-        return 2 ** (len(self.widths) - 1)
+        return 2 ** (len(self.widths) - 1)  # pixels per latent along each side
 
 
 def norm(channels: int, groups: int) -> nn.GroupNorm:
@@ -56,10 +55,9 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        # (b, h * w, c) each
         q, k, v = (m(h).flatten(2).transpose(1, 2) for m in (self.q, self.k, self.v))
-        out = attention(q, k, v, heads=1).transpose(1, 2).reshape(x.shape)
-        return x + self.proj_out(out)
+        out = attention(q, k, v, heads=1)  # (b, h * w, c)
+        return x + self.proj_out(out.transpose(1, 2).reshape(x.shape))
 
 
 class Downsample(nn.Sequential):
@@ -94,10 +92,9 @@ class Encoder(nn.Module):
         super().__init__()
         widths, groups = config.widths, config.norm_groups
         self.conv_in = conv3x3(3, widths[0])
-        self.down = nn.ModuleList(
-            Level(c_in, c_out, config.num_res_blocks, groups)
-            for c_in, c_out in zip(widths[:1] + widths, widths)
-        )
+        self.down = nn.Sequential()
+        for c_in, c_out in zip(widths[:1] + widths, widths):
+            self.down.append(Level(c_in, c_out, config.num_res_blocks, groups))
         for level, width in zip(self.down[:-1], widths):
             level.downsample = Downsample(width)
         self.mid = Mid(widths[-1], groups)
@@ -105,10 +102,8 @@ class Encoder(nn.Module):
         self.conv_out = conv3x3(widths[-1], 2 * config.z_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv_in(x)
-        for level in self.down:
-            h = level(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        h = self.mid(self.down(self.conv_in(x)))
+        return self.conv_out(F.silu(self.norm_out(h)))
 
 
 class Decoder(nn.Module):
@@ -120,10 +115,9 @@ class Decoder(nn.Module):
         self.conv_in = conv3x3(config.z_channels, widths[-1])
         self.mid = Mid(widths[-1], groups)
         # up[i] has the resolution of the encoder's down[i], so the last entry runs first.
-        self.up = nn.ModuleList(
-            Level(c_in, c_out, config.num_res_blocks + 1, groups)
-            for c_in, c_out in zip(widths[1:] + widths[-1:], widths)
-        )
+        self.up = nn.ModuleList()
+        for c_in, c_out in zip(widths[1:] + widths[-1:], widths):
+            self.up.append(Level(c_in, c_out, config.num_res_blocks + 1, groups))
         for level, width in zip(self.up[1:], widths[1:]):
             level.upsample = Upsample(width)
         self.norm_out = norm(widths[0], groups)

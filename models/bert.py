@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .layers import FeedForward, attention
 
-HEADS, HEAD_WIDTH = 8, 64  # the original code never changes them, so the inner width is 512
+HEADS, INNER = 8, 512  # attention heads and their joint width, fixed in the original code
 
 
 @dataclass
@@ -25,16 +25,16 @@ class BertConfig:
 class Attention(nn.Module):
     def __init__(self, width: int):
         super().__init__()
-        inner = HEADS * HEAD_WIDTH
-        layers = (nn.Linear(width, inner, bias=False) for _ in range(3))
-        self.to_q, self.to_k, self.to_v = layers
-        self.to_out = nn.Linear(inner, width)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, INNER, bias=False) for _ in range(3))
+        self.to_out = nn.Linear(INNER, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.to_out(attention(self.to_q(x), self.to_k(x), self.to_v(x), HEADS))
 
 
 class AttentionLayers(nn.Module):
+    """Attention and feed-forward in turns, each with its norm and added to x (B, L, D)."""
+
     def __init__(self, config: BertConfig):
         super().__init__()
         width, self.layers = config.width, nn.ModuleList()
@@ -49,28 +49,16 @@ class AttentionLayers(nn.Module):
         return x
 
 
-class PositionEmbedding(nn.Module):
-    def __init__(self, length: int, width: int):
-        super().__init__()
-        self.emb = nn.Embedding(length, width)
-
-
-class Transformer(nn.Module):
-    def __init__(self, config: BertConfig):
-        super().__init__()
-        self.token_emb = nn.Embedding(config.vocab_size, config.width)
-        self.pos_emb = PositionEmbedding(config.max_length, config.width)
-        self.attn_layers = AttentionLayers(config)
-        self.norm = nn.LayerNorm(config.width)
-
-
 class BertTextEncoder(nn.Module):
-    restores_mean = False  # its mean is close to 0: see `LatentDiffusion.encode_prompts`
-
     def __init__(self, config: BertConfig):
         super().__init__()
         self.config = config
-        self.transformer = Transformer(config)
+        self.transformer = nn.Module()
+        self.transformer.token_emb = nn.Embedding(config.vocab_size, config.width)
+        self.transformer.pos_emb = nn.Module()
+        self.transformer.pos_emb.emb = nn.Embedding(config.max_length, config.width)
+        self.transformer.attn_layers = AttentionLayers(config)
+        self.transformer.norm = nn.LayerNorm(config.width)
 
     @property
     def token_table(self) -> Tensor:
@@ -79,6 +67,5 @@ class BertTextEncoder(nn.Module):
 
     def forward(self, embeddings: Tensor, ends: Tensor | None = None) -> Tensor:
         """Return the context (B, L, D) of token embeddings (B, L, D); L is at most `max_length`."""
-        t = self.transformer
-        x = embeddings + t.pos_emb.emb.weight[: embeddings.shape[1]]
-        return t.norm(t.attn_layers(x))
+        positions = self.transformer.pos_emb.emb.weight[: embeddings.shape[1]]
+        return self.transformer.norm(self.transformer.attn_layers(embeddings + positions))

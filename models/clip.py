@@ -5,20 +5,17 @@ Modules have the key names of `transformers`, which Stable Diffusion 1 files use
 translates those of OpenAI and open_clip.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from .layers import Conditioning, attention
 
-# Mean and standard deviation per channel of the pictures that OpenAI's CLIP was trained on.
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
+# Mean and standard deviation of the pictures that OpenAI's CLIP was trained on, per channel.
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 
 
 @dataclass
@@ -43,21 +40,21 @@ class VisionConfig(TowerConfig):
 
 @dataclass
 class CLIPConfig:
-    text: TextConfig = field(default_factory=lambda: TextConfig(width=512, heads=8))
-    vision: VisionConfig = field(default_factory=VisionConfig)
-    width: int = 512  # of the space that both towers project to
+    text: TextConfig
+    vision: VisionConfig
+    width: int  # of the space that both towers project to
 
 
 class Attention(nn.Module):
     def __init__(self, config: TowerConfig):
         super().__init__()
-        self.heads = config.heads
+        self.heads, self.causal = config.heads, isinstance(config, TextConfig)
         layers = (nn.Linear(config.width, config.width) for _ in range(4))
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = layers
 
-    def forward(self, x: Tensor, causal: bool) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        return self.out_proj(attention(q, k, v, self.heads, causal))
+        return self.out_proj(attention(q, k, v, self.heads, self.causal))
 
 
 class MLP(nn.Module):
@@ -81,8 +78,8 @@ class EncoderLayer(nn.Module):
         self.mlp = MLP(config)
         self.layer_norm2 = nn.LayerNorm(config.width)
 
-    def forward(self, x: Tensor, causal: bool) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x), causal)
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))
 
 
@@ -91,32 +88,27 @@ class Encoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.layers))
 
-    def forward(self, x: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the outputs (B, L, D) of the last two layers."""
         for layer in self.layers:
-            before, x = x, layer(x, causal)
+            before, x = x, layer(x)
         return before, x
-
-
-class TextEmbeddings(nn.Module):
-    def __init__(self, config: TextConfig):
-        super().__init__()
-        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
-        self.position_embedding = nn.Embedding(config.max_length, config.width)
 
 
 class TextModel(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
-        self.embeddings = TextEmbeddings(config)
+        self.embeddings = nn.Module()
+        self.embeddings.token_embedding = nn.Embedding(config.vocab_size, config.width)
+        self.embeddings.position_embedding = nn.Embedding(config.max_length, config.width)
         self.encoder = Encoder(config)
         self.final_layer_norm = nn.LayerNorm(config.width)
 
     def forward(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the penultimate layer's output and the last one's, normalised, (B, L, D) each, for
-        token embeddings (B, L, D). There is no padding mask."""
+        """Return the penultimate layer's output and the normed last one, (B, L, D) each, of token
+        embeddings (B, L, D). There is no padding mask."""
         positions = self.embeddings.position_embedding.weight[: embeddings.shape[1]]
-        penultimate, last = self.encoder(embeddings + positions, causal=True)
+        penultimate, last = self.encoder(embeddings + positions)
         return penultimate, self.final_layer_norm(last)
 
 
@@ -126,8 +118,6 @@ class CLIPTextEncoder(nn.Module):
     Trap: SD 2 applies the final norm to the output of the penultimate layer. So its last layer is
     never built (`config.layers` is 23, not 24), and both take the last output.
     """
-
-    restores_mean = True  # weights in a prompt leave the mean of its features as it was
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -152,8 +142,6 @@ class SDXLTextEncoder(nn.Module):
     one of bigG's. So a vector of a learnt word is one row too.
     """
 
-    restores_mean = True
-
     def __init__(self, configs: tuple[TextConfig, TextConfig]):
         super().__init__()
         self.config = configs[0]  # both have its vocabulary and length
@@ -171,42 +159,36 @@ class SDXLTextEncoder(nn.Module):
         Trap: the context is the output of both penultimate layers, without the final norm. Pooled
         text is the output of bigG's last layer at the end token, with the final norm.
         """
-        first, second = embeddings.split(self.widths, dim=-1)
+        x_l, x_g = embeddings.split(self.widths, dim=-1)
         # Trap: CLIP-L's prompts are padded with the end token, bigG's with id 0.
         padding = torch.arange(embeddings.shape[1], device=ends.device) > ends[:, None]  # (B, L)
-        second = torch.where(padding[..., None], self.token_table[0, self.widths[0] :], second)
-        first, _ = self.clip_l(first)
-        second, last = self.clip_g(second)
+        x_g = torch.where(padding[..., None], self.token_table[0, self.widths[0] :], x_g)
+        context_l, _ = self.clip_l(x_l)
+        context_g, last = self.clip_g(x_g)
         pooled = self.text_projection(last[torch.arange(len(ends), device=ends.device), ends])
-        return Conditioning(torch.cat([first, second], dim=-1), pooled)
-
-
-class VisionEmbeddings(nn.Module):
-    def __init__(self, config: VisionConfig):
-        super().__init__()
-        self.class_embedding = nn.Parameter(torch.zeros(config.width))
-        patch = config.patch_size
-        self.patch_embedding = nn.Conv2d(3, config.width, patch, stride=patch, bias=False)
-        positions = (config.image_size // patch) ** 2 + 1
-        self.position_embedding = nn.Embedding(positions, config.width)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (B, patches, D)
-        first = self.class_embedding.expand(len(pixels), 1, -1)
-        return torch.cat([first, patches], dim=1) + self.position_embedding.weight
+        return Conditioning(torch.cat([context_l, context_g], dim=-1), pooled)
 
 
 class VisionModel(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
-        self.embeddings = VisionEmbeddings(config)
-        self.pre_layrnorm = nn.LayerNorm(config.width)  # spelt so in every published file
+        width, patch = config.width, config.patch_size
+        positions = (config.image_size // patch) ** 2 + 1
+        self.embeddings = nn.Module()
+        self.embeddings.class_embedding = nn.Parameter(torch.zeros(width))
+        self.embeddings.patch_embedding = nn.Conv2d(3, width, patch, stride=patch, bias=False)
+        self.embeddings.position_embedding = nn.Embedding(positions, width)
+        self.pre_layrnorm = nn.LayerNorm(width)  # spelt like this in every file
         self.encoder = Encoder(config)
-        self.post_layernorm = nn.LayerNorm(config.width)
+        self.post_layernorm = nn.LayerNorm(width)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Return features (B, D) of pixels (B, 3, H, W): the output at the class token."""
-        _, x = self.encoder(self.pre_layrnorm(self.embeddings(pixels)), causal=False)
+        """Return the output (B, D) at the class token, for pixels (B, 3, H, W)."""
+        patches = self.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
+        first = self.embeddings.class_embedding.expand(len(pixels), 1, -1)
+        x = torch.cat([first, patches], dim=1)  # (B, 1 + patches, D)
+        x = self.pre_layrnorm(x + self.embeddings.position_embedding.weight)
+        _, x = self.encoder(x)
         return self.post_layernorm(x[:, 0])
 
 
@@ -231,21 +213,5 @@ class CLIP(nn.Module):
         return self.text_projection(features[torch.arange(len(ids)), end])
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """Return features (B, width), not normalised, of pictures that `preprocess` prepared."""
+        """Return features (B, width), not normalised, of (rgb - MEAN) / STD, (B, 3, H, W)."""
         return self.visual_projection(self.vision_model(pixels))
-
-
-def preprocess(images: Sequence[Image.Image], size: int) -> Tensor:
-    """Return pictures as CLIP reads them, (B, 3, size, size): the shorter side resized (bicubic),
-    cropped to the centre, normalised."""
-    rows = []
-    for image in images:
-        image = image.convert("RGB")
-        w, h = image.size
-        short = min(w, h)
-        image = image.resize((size * w // short, size * h // short), Image.Resampling.BICUBIC)
-        left, top = round((image.width - size) / 2), round((image.height - size) / 2)
-        rows.append(np.asarray(image.crop((left, top, left + size, top + size))))
-    pixels = torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).float() / 255
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (MEAN, STD))
-    return (pixels - mean) / std

@@ -157,7 +157,7 @@ class LatentDiffusion:
         for i, chunk in enumerate(chunks):
             weights[i, 1 : 1 + len(chunk)] = torch.tensor([weight for _, weight in chunk])
         scaled = context * weights[..., None].to(context.device)
-        if self.text_encoder.restores_mean:
+        if self.family != "ldm":
             pairs = zip(*(x.split(self.text_encoder.widths, dim=-1) for x in (context, scaled)))
             scaled = torch.cat([restore_mean(before, after) for before, after in pairs], dim=-1)
         scaled = scaled.reshape(len(prompts), -1, scaled.shape[-1])  # (B, k * L, D)

@@ -1,7 +1,4 @@
-"""What the networks share: attention, a few layers, and SDXL's conditioning.
-
-A `Sequential` runs its modules in the order in which they are set.
-"""
+"""What the networks share: attention, a few layers, and SDXL's conditioning."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -13,14 +10,11 @@ from torch import Tensor, nn
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
-    """Return scaled dot-product attention of `heads` heads (Vaswani et al. 2017, eq. 1).
-
-    q and the result are (B, Lq, heads * d); k and v are (B, Lk, heads * d). With `causal`, position
-    i sees only positions 0 to i, as in CLIP's text tower.
-    """
+    """Return scaled dot-product attention (Vaswani et al. 2017, eq. 1), (B, Lq, heads * d), of
+    q (B, Lq, heads * d), k and v (B, Lk, heads * d). With `causal`, position i sees only 0 to i."""
     b, _, width = q.shape
     q, k, v = (x.view(b, -1, heads, width // heads).transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # (B, heads, Lq, d)
     return out.transpose(1, 2).reshape(b, -1, width)
 
 
@@ -61,19 +55,19 @@ class Conditioning:
     context: Tensor  # (B, L, D)
     pooled: Tensor  # (B, P): the text as a whole
     # (B, 6), pixels: original height and width, top and left of the crop, target height and width
-    # (Podell et al. 2023, section 2.2). None: the sizes of a picture neither resized nor cropped.
+    # (Podell et al. 2023, section 2.2). None: a picture neither resized nor cropped.
     sizes: Tensor | None = None
 
     def __getitem__(self, rows: Sequence[int]) -> "Conditioning":
         return each(lambda part: part[rows], self)
 
     def isfinite(self) -> Tensor:
-        return torch.cat([self.context.isfinite().flatten(), self.pooled.isfinite().flatten()])
+        return self.context.isfinite().all() & self.pooled.isfinite().all()
 
 
 def each(function: Callable, *given: Tensor | Conditioning) -> Tensor | Conditioning:
     """Return function(*given) for tensors; for Conditionings, apply it part by part."""
     if isinstance(given[0], Tensor):
         return function(*given)
-    parts = zip(*((g.context, g.pooled, g.sizes) for g in given))
+    parts = zip(*(vars(conditioning).values() for conditioning in given))
     return Conditioning(*(None if part[0] is None else function(*part) for part in parts))

@@ -1,8 +1,8 @@
 """eps_theta of the paper: a UNet with cross-attention (Rombach et al. 2022, section 3.3).
 
 LDM, Stable Diffusion 1, 2 and XL and the bundled model differ only in the numbers of `UNetConfig`.
-Modules have the key names of the CompVis checkpoints (without the prefix `model.diffusion_model.`).
-There every entry of `input_blocks` and `output_blocks` is a short list of layers.
+Modules have the key names of the CompVis checkpoints (without the prefix `model.diffusion_model.`),
+where every entry of `input_blocks` and `output_blocks` is a short list of layers.
 """
 
 from collections import OrderedDict
@@ -21,31 +21,23 @@ from .layers import Conditioning, FeedForward, Upsample, attention, conv3x3, tim
 class UNetConfig:
     widths: tuple[int, ...] = (320, 640, 1280, 1280)  # channels per level, full resolution first
     num_res_blocks: int = 2  # per level on the way down; one more on the way up
-    # Transformer blocks in each spatial transformer, per level; 0: the level has no transformer.
-    depths: tuple[int, ...] = (1, 1, 1, 0)
+    depths: tuple[int, ...] = (1, 1, 1, 0)  # blocks per transformer, by level; 0: no transformer
     middle_depth: int = 1  # the same for the middle block
     context_dim: int = 768
     channels: int = 4  # of the latents
-    # Attention heads: a fixed number (8 in LDM and SD 1) or a fixed width (64 in SD 2 and SDXL).
-    heads: int | None = 8
-    head_width: int | None = None
+    heads: int | None = 8  # attention heads in LDM and SD 1; None: `head_width` tells
+    head_width: int | None = None  # channels per attention head, 64 in SD 2 and SDXL
     norm_groups: int = 32  # fewer in the narrow bundled model
-    # proj_in and proj_out are linear layers in SD 2 and SDXL, otherwise 1x1 convolutions.
-    linear_projection: bool = False
+    linear_projection: bool = False  # proj_in and proj_out as SD 2 and SDXL store them
     vector_dim: int = 0  # width of SDXL's pooled text and embedded sizes, 2816; 0: it has none
     factor: int = 8  # pixels per latent along each side, for SDXL's sizes
-
-    @property
-    def emb_dim(self) -> int:
-        """Width of the timestep embedding."""
-        return 4 * self.widths[0]
 
     def heads_for(self, width: int) -> int:
         return self.heads or width // self.head_width
 
 
 class ResBlock(nn.Module):
-    """Residual block, (b, c_in, h, w) to (b, c_out, h, w). emb (b, emb_dim): timestep embedding."""
+    """Residual block, (b, c_in, h, w) to (b, c_out, h, w). emb: timesteps, (b, 4 * widths[0])."""
 
     def __init__(self, c_in: int, c_out: int, config: UNetConfig):
         super().__init__()
@@ -53,7 +45,7 @@ class ResBlock(nn.Module):
         norm = partial(nn.GroupNorm, config.norm_groups, eps=1e-5)
         dropout = nn.Dropout(0.0)  # holds its place in the key names
         self.in_layers = nn.Sequential(norm(c_in), nn.SiLU(), conv3x3(c_in, c_out))
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(config.emb_dim, c_out))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(4 * config.widths[0], c_out))
         self.out_layers = nn.Sequential(norm(c_out), nn.SiLU(), dropout, conv3x3(c_out, c_out))
         self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
@@ -94,11 +86,12 @@ class GEGLU(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention, attention to the text, feed-forward. Here the word meets the picture."""
 
-    def __init__(self, width: int, context_dim: int, heads: int):
+    def __init__(self, width: int, config: UNetConfig):
         super().__init__()
+        heads = config.heads_for(width)
         self.attn1 = CrossAttention(width, width, heads)
         self.ff = FeedForward(GEGLU(width, 4 * width), width)
-        self.attn2 = CrossAttention(width, context_dim, heads)
+        self.attn2 = CrossAttention(width, config.context_dim, heads)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
@@ -107,31 +100,32 @@ class TransformerBlock(nn.Module):
         return x + self.ff(self.norm3(x))
 
 
+class Pointwise(nn.Linear):
+    """A 1x1 convolution of (b, c, h, w), stored as a linear layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x.flatten(2).transpose(1, 2))  # (b, h * w, c)
+        return out.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
 class SpatialTransformer(nn.Module):
     """Transformer blocks over the h * w positions of x (b, c, h, w), added to x. They also attend
     to the context (b, L, context_dim)."""
 
     def __init__(self, width: int, depth: int, config: UNetConfig):
         super().__init__()
+        project = Pointwise if config.linear_projection else partial(nn.Conv2d, kernel_size=1)
+        blocks = (TransformerBlock(width, config) for _ in range(depth))
         self.norm = nn.GroupNorm(config.norm_groups, width, eps=1e-6)
-        project = nn.Linear if config.linear_projection else (lambda a, b: nn.Conv2d(a, b, 1))
         self.proj_in = project(width, width)
-        heads = config.heads_for(width)
-        self.transformer_blocks = nn.ModuleList(
-            TransformerBlock(width, config.context_dim, heads) for _ in range(depth)
-        )
+        self.transformer_blocks = nn.ModuleList(blocks)
         self.proj_out = project(width, width)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        linear = isinstance(self.proj_in, nn.Linear)
-        h = self.norm(x) if linear else self.proj_in(self.norm(x))
-        h = h.flatten(2).transpose(1, 2)  # (b, h * w, c)
-        h = self.proj_in(h) if linear else h
+        h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)  # (b, h * w, c)
         for block in self.transformer_blocks:
             h = block(h, context)
-        h = self.proj_out(h) if linear else h
-        h = h.transpose(1, 2).reshape(x.shape)
-        return x + (h if linear else self.proj_out(h))
+        return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
 
 
 class Block(nn.Sequential):
@@ -153,16 +147,16 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
-        widths, emb_dim = config.widths, config.emb_dim
-
-        def blocks(c_in: int, level: int) -> list[nn.Module]:
-            layers: list[nn.Module] = [ResBlock(c_in, widths[level], config)]
-            if depth := config.depths[level]:
-                layers.append(SpatialTransformer(widths[level], depth, config))
-            return layers
+        widths, emb_dim = config.widths, 4 * config.widths[0]
 
         def embed(dim: int) -> nn.Sequential:
             return nn.Sequential(nn.Linear(dim, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+
+        def block(c_in: int, level: int) -> Block:
+            layers = Block(ResBlock(c_in, widths[level], config))
+            if depth := config.depths[level]:
+                layers.append(SpatialTransformer(widths[level], depth, config))
+            return layers
 
         self.time_embed = embed(widths[0])
         if config.vector_dim:
@@ -171,7 +165,7 @@ class UNet(nn.Module):
         skips = [widths[0]]
         for level, width in enumerate(widths):
             for _ in range(config.num_res_blocks):
-                self.input_blocks.append(Block(*blocks(skips[-1], level)))
+                self.input_blocks.append(block(skips[-1], level))
                 skips.append(width)
             if level < len(widths) - 1:
                 halve = nn.Conv2d(width, width, 3, stride=2, padding=1)
@@ -184,37 +178,28 @@ class UNet(nn.Module):
         )
         self.output_blocks = nn.ModuleList()
         for level in reversed(range(len(widths))):
-            for i in range(config.num_res_blocks + 1):
-                layers = blocks(width + skips.pop(), level)
+            for _ in range(config.num_res_blocks + 1):
+                self.output_blocks.append(block(width + skips.pop(), level))
                 width = widths[level]
-                if level and i == config.num_res_blocks:
-                    layers.append(Upsample(width))
-                self.output_blocks.append(Block(*layers))
+            if level:
+                self.output_blocks[-1].append(Upsample(width))
         norm = nn.GroupNorm(config.norm_groups, width, eps=1e-5)
         self.out = nn.Sequential(norm, nn.SiLU(), conv3x3(width, config.channels))
 
-    def run(self, block: Block, h: Tensor, emb: Tensor, context: Tensor) -> Tensor:
-        """Return block(h, emb, context). With gradient checkpointing, the backward pass computes
-        its activations again instead of keeping them."""
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, h, emb, context, use_reentrant=False)
-        return block(h, emb, context)
-
     def embed_vector(self, x_t: Tensor, given: Conditioning) -> Tensor:
-        """Return the embedding (B, emb_dim) of pooled text and sizes, which SDXL adds to the
+        """Return the embedding (B, 4 * widths[0]) of pooled text and sizes, which SDXL adds to the
         timestep's. Each of the six sizes is embedded by itself, as timesteps are."""
-        (b, p), (h, w) = given.pooled.shape, x_t.shape[2:]
-        sizes, factor, dim = given.sizes, self.config.factor, (self.config.vector_dim - p) // 6
-        if sizes is None:
-            size = h * factor, w * factor
-            sizes = torch.tensor([*size, 0, 0, *size]).expand(b, 6)
+        b, p = given.pooled.shape
+        h, w = (side * self.config.factor for side in x_t.shape[2:])
+        own = torch.tensor([h, w, 0, 0, h, w]).expand(b, 6)
+        sizes = own if given.sizes is None else given.sizes  # (B, 6)
+        dim = (self.config.vector_dim - p) // 6
         sizes = timestep_embedding(sizes.flatten().to(x_t.device), dim).reshape(b, 6 * dim)
         vector = torch.cat([given.pooled.float(), sizes], dim=1)  # (B, vector_dim)
         return self.label_emb(vector.to(self.out[2].weight.dtype))
 
     def forward(self, x_t: Tensor, t: Tensor, context: Tensor | Conditioning) -> Tensor:
-        """Return the prediction (B, C, h, w), in the weights' precision: eps, or v where the
-        schedule says so.
+        """Return the prediction (B, C, h, w), eps or v, in the weights' precision.
 
         x_t (B, C, h, w): noised latents, h and w multiples of 2 ** (levels - 1). t (B,): integer
         timesteps. context (B, L, D): text features, for SDXL a `Conditioning`. Any precision.
@@ -223,12 +208,14 @@ class UNet(nn.Module):
         emb = self.time_embed(timestep_embedding(t, self.config.widths[0]).to(dtype))
         if isinstance(context, Conditioning):
             emb, context = emb + self.embed_vector(x_t, context), context.context
-        h, context = x_t.to(dtype), context.to(dtype)
-        skips = []
+        # With gradient checkpointing, the backward pass computes each block's activations again.
+        again = self.gradient_checkpointing and torch.is_grad_enabled()
+        run = partial(checkpoint, use_reentrant=False) if again else Block.__call__
+        h, context, skips = x_t.to(dtype), context.to(dtype), []
         for block in self.input_blocks:
-            h = self.run(block, h, emb, context)
+            h = run(block, h, emb, context)
             skips.append(h)
-        h = self.run(self.middle_block, h, emb, context)
+        h = run(self.middle_block, h, emb, context)
         for block in self.output_blocks:
-            h = self.run(block, torch.cat([h, skips.pop()], dim=1), emb, context)
+            h = run(block, torch.cat([h, skips.pop()], dim=1), emb, context)
         return self.out(h)

@@ -21,7 +21,7 @@ from models import checkpoint, naming, sizes
 from models.autoencoder import Autoencoder, AutoencoderConfig
 from models.bert import BertConfig
 from models.checkpoint import load_clip, load_model
-from models.clip import CLIP
+from models.clip import CLIP, CLIPConfig, TextConfig, VisionConfig
 from models.files import CheckpointError
 from models.latent_diffusion import LatentDiffusion
 from models.naming import autoencoder_from_diffusers, unet_from_diffusers
@@ -289,7 +289,7 @@ def test_full_size_clip(table, tmp_path, monkeypatch):
     opened = lambda path: empty(golden_keys(f"clip-vit-b32-{table}"))
     monkeypatch.setattr(checkpoint, "open_state", opened)
     with torch.device("meta"):
-        wanted = shapes(CLIP(checkpoint.CLIPConfig()))
+        wanted = shapes(CLIP(CLIPConfig(TextConfig(width=512, heads=8), VisionConfig(), 512)))
     seen = {}
 
     def fill(kind, config, state, *_):

@@ -323,13 +323,12 @@ def train_clip(scenes: Scenes, work: Path, minutes: float, batch: int = 128) -> 
     ):
         nn.init.normal_(p, std=0.02)
     trainer = Trainer(clip, work / "clip.pt", minutes, lr=2e-3, decay=0.995)
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (MEAN, STD))
     while trainer.done < 1:
         pictures, captions, _, _ = scenes.batch(batch, 50_000_000 + trainer.step)
         if trainer.step % 2:  # pictures that a model draws are a little soft
             pictures = F.avg_pool2d(pictures, 3, 1, 1, count_include_pad=False)
         ids = torch.tensor([tokenizer.pad(tokenizer.encode(c)) for c in captions])
-        image = F.normalize(clip.encode_image((pictures - mean) / std), dim=-1)
+        image = F.normalize(clip.encode_image((pictures - MEAN) / STD), dim=-1)
         text = F.normalize(clip.encode_text(ids, tokenizer.end_id), dim=-1)
         logits = clip.logit_scale.clamp(max=4.6).exp() * image @ text.T
         target = torch.arange(batch)

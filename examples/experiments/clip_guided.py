@@ -12,9 +12,9 @@ from models.images import to_pil
 
 def image_features(workspace: Workspace, pixels: Tensor) -> Tensor:
     """Return unit features of pictures (B, 3, H, W) in [-1, 1], differentiably."""
-    size, like = workspace.scorer.clip.config.vision.image_size, pixels.new_tensor
+    size = workspace.scorer.clip.config.vision.image_size
     pixels = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True)
-    pixels = ((pixels + 1) / 2 - like(MEAN)[:, None, None]) / like(STD)[:, None, None]
+    pixels = ((pixels + 1) / 2 - MEAN.to(pixels)) / STD.to(pixels)
     return F.normalize(workspace.scorer.clip.encode_image(pixels), dim=-1)
 
 

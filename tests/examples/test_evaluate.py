@@ -22,20 +22,20 @@ from evaluate import (
     Scorer,
     editability,
     plain_text,
+    preprocess,
     rank,
     read_captions,
     read_prompts,
     reconstruction,
     without_placeholder,
 )
-from helpers import GOLDEN, golden, randomize, units
+from helpers import EXACT, GOLDEN, assert_close_std, golden, randomize, units
 from PIL import Image
 from scores import confidence
 from torch import Tensor, nn
 
 import textinv
 from models.checkpoint import BUNDLED, load_clip
-from models.clip import preprocess
 from models.tokenizers import CLIPTokenizer, WordPieceTokenizer
 
 TINY = GOLDEN / "tiny" / "clip"
@@ -161,6 +161,56 @@ def test_a_vocabulary_of_another_size():
     with pytest.raises(ValueError, match="256 tokens") as caught:
         Scorer.load(TINY / "openai-state-dict.safetensors")
     assert "\n" not in str(caught.value)
+
+
+def test_preprocess():
+    g = golden("clip")
+    pictures = [Image.fromarray(x.numpy()) for x in g["image_u8"]]
+    assert_close_std(preprocess(pictures, 32), g["pixel_values"], EXACT)
+    picture = Image.fromarray(g["preprocess.image_u8"].numpy())
+    assert_close_std(preprocess([picture], 32)[0], g["preprocess.pixel_values"], EXACT)
+
+
+@pytest.mark.parametrize("size", (32, 224))
+def test_live_preprocess(size):
+    # Version 5 has the processor that resizes by PIL under a name of its own.
+    name = "CLIPImageProcessorPil" if transformers.__version__ >= "5" else "CLIPImageProcessor"
+    processor = getattr(transformers, name)(
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+    )
+    rng, checked = np.random.default_rng(size), 0
+    while checked < 12:
+        w, h = (int(x) for x in rng.integers(size // 2, 3 * size, 2))
+        surplus = size * max(w, h) // min(w, h) - size
+        if surplus % 4 == 3:
+            # Half a pixel is left over: OpenAI's crop rounds to even (here: up; see
+            # `test_preprocess`), transformers' rounds down.
+            continue
+        mode = ("RGB", "L", "RGBA", "CMYK")[checked % 4]
+        picture = Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)).convert(mode)
+        reference = processor(picture, return_tensors="pt")["pixel_values"]
+        assert_close_std(preprocess([picture], size), reference, EXACT)
+        checked += 1
+
+
+# None leaves half a pixel over, where the two crops differ (see `test_live_preprocess`).
+SHAPES = ((1, 1), (2, 3), (7, 2), (1, 40), (31, 33), (300, 200), (640, 480), (500, 33), (33, 501))
+
+
+@pytest.mark.parametrize("size", (32, 224))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_live_preprocess_of_odd_shapes(size, shape):
+    """Tiny, narrow and wide pictures. Both resize by PIL, whose bicubic filter widens with the
+    reduction (antialiasing)."""
+    name = "CLIPImageProcessorPil" if transformers.__version__ >= "5" else "CLIPImageProcessor"
+    processor = getattr(transformers, name)(
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+    )
+    w, h = shape
+    pixels = np.random.default_rng(w).integers(0, 256, (h, w, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels)
+    reference = processor(picture, return_tensors="pt")["pixel_values"]
+    assert (preprocess([picture], size) - reference).abs().max() <= 1e-4
 
 
 # ---------------------------------------------------------------------------------- section 5.1
