@@ -58,7 +58,7 @@ from models.images import (
 )
 from models.latent_diffusion import LatentDiffusion
 from models.runs import STOP_EVERY, Run, State, converged
-from models.schedule import SAMPLERS, sampler_of
+from models.schedule import SAMPLERS
 from models.tokenizers import check_names, nfc, without_weights
 
 __all__ = ["Concept", "invert", "load_concept", "load_concepts", "load_model", "sample", "train"]
@@ -435,15 +435,19 @@ def invert(
 
 
 def check_sampling(sampler, steps, n, eta, seed) -> tuple[Callable, int, str]:
-    """Return what `sampler_of` does. Raises ValueError for numbers out of range."""
-    row = sampler_of(sampler, steps)
-    if not 1 <= row[1] <= 1000:
-        raise ValueError(f"steps {row[1]} is out of range; use 1 to 1000")
+    """Return the sampler's row of SAMPLERS, with `steps` in place of the default if they are given.
+    Raises ValueError for an unknown sampler and for numbers out of range."""
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler {sampler!r} is not known; use {', '.join(SAMPLERS)}")
+    run, default, title = SAMPLERS[sampler]
+    steps = default if steps is None else steps
+    if not 1 <= steps <= 1000:
+        raise ValueError(f"steps {steps} is out of range; use 1 to 1000")
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}; it goes from 0 (no noise) to 1 (as noisy as DDPM)")
     check_range(1, n=n)
     check_range(0, seed=seed)
-    return row
+    return run, steps, title
 
 
 def guidance_of(model: LatentDiffusion | None, guidance_scale: float | None) -> float:

@@ -97,7 +97,7 @@ def measure(args: argparse.Namespace) -> dict:
     column |= {"TFLOP a step": flops, "TFLOP/s": flops / seconds}
     column["share of a matrix product's"] = flops / seconds / matmul_rate(device, dtype)
     textinv.sample(model, "a photo of a toy", steps=1)  # for warming up
-    _, steps, title = textinv.sampler_of("dpm++")
+    _, steps, title = textinv.SAMPLERS["dpm++"]
     seconds = timed(lambda: textinv.sample(model, "a photo of a toy"), device)
     column[f"picture of {steps} steps of {title}, s"] = seconds
     if args.against == "diffusers" and name == "sd1":

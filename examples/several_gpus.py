@@ -110,7 +110,7 @@ def sample(args: argparse.Namespace, rank: int, world: int) -> None:
         raise ValueError("no prompt given; give PROMPT in quotes, or --prompts FILE")
     concepts = textinv.words_for(args, [*prompts, args.negative])
     model = textinv.load_for(args)
-    _, steps, title = textinv.sampler_of(args.sampler, args.steps)
+    _, steps, title = textinv.check_sampling(args.sampler, args.steps, args.n, 0, args.seed)
     settings = dict(n=args.n, sampler=args.sampler, steps=steps, seed=args.seed)
     settings |= dict(size=(model.size, model.size), negative=args.negative)
     settings |= dict(guidance_scale=textinv.guidance_of(model, args.guidance))

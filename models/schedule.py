@@ -7,8 +7,6 @@
 [5] Lu et al. 2022, "DPM-Solver++" (2M: second order, from the last two predictions)
 [6] Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models"
 [7] Nichol & Dhariwal 2021, "Improved Denoising Diffusion Probabilistic Models"
-
-A sampler is a loop over steps, and a row of SAMPLERS at the end.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,30 +16,12 @@ from math import log, pi
 import torch
 from torch import Tensor
 
-Predict = Callable[[Tensor, Tensor], Tensor]  # (x_t, t (B,)) -> prediction of x_t's shape
-Draw = Callable[[], Tensor] | None  # draws standard noise of x's shape, once a step if eta > 0
-
-
-def betas_of(kind: str, start: float, end: float, length: int) -> Tensor:
-    """Return betas (length,), float64, of a kind that is named as in diffusers."""
-    if kind == "scaled_linear":  # linear in the square root, as in LDM and Stable Diffusion
-        return torch.linspace(start**0.5, end**0.5, length, dtype=torch.float64).square()
-    if kind == "linear":  # [1]
-        return torch.linspace(start, end, length, dtype=torch.float64)
-    if kind == "squaredcos_cap_v2":  # [7, eq. 17]
-        s = torch.linspace(0, 1, length + 1, dtype=torch.float64)
-        a = ((s + 0.008) / 1.008 * pi / 2).cos().square()
-        return (1 - a[1:] / a[:-1]).clamp(max=0.999)
-    raise ValueError(
-        f"beta_schedule {kind!r} is not supported; use scaled_linear, linear or squaredcos_cap_v2"
-    )
-
 
 @dataclass(eq=False)
 class Schedule:
     """The share of noise at each timestep. `beta_schedule` and what follows are as in diffusers.
 
-    `alphas_cumprod` (length,) is a_t, the share of signal variance left at timestep t. As all
+    `alphas_cumprod` (length,) is a_t, the share of signal variance left at timestep t. Like all
     coefficients, it is float64 on the CPU until it is multiplied by pictures in float32.
     """
 
@@ -60,23 +40,31 @@ class Schedule:
             raise ValueError(f"prediction type {self.prediction!r} is not known; use 'eps' or 'v'")
         if self.zero_snr and self.prediction == "eps":
             raise ValueError("noise alone does not tell a picture from eps; use --prediction v")
-        if self.spacing not in (None, "leading", "trailing", "linspace"):
-            raise ValueError(f"timestep_spacing {self.spacing!r} is not supported; use leading")
         self.spacing = self.spacing or ("trailing" if self.zero_snr else "leading")
-        if self.trained_betas is None:
-            self.betas = betas_of(self.beta_schedule, self.beta_start, self.beta_end, self.length)
+        if self.spacing not in ("leading", "trailing", "linspace"):
+            raise ValueError(f"timestep_spacing {self.spacing!r} is not supported; use leading")
+        kind, start, end, length = self.beta_schedule, self.beta_start, self.beta_end, self.length
+        if self.trained_betas is not None:
+            betas = torch.tensor(self.trained_betas, dtype=torch.float64)
+        elif kind == "linear":  # [1]
+            betas = torch.linspace(start, end, length, dtype=torch.float64)
+        elif kind == "scaled_linear":  # linear in the square root
+            betas = torch.linspace(start**0.5, end**0.5, length, dtype=torch.float64).square()
+        elif kind == "squaredcos_cap_v2":  # [7, eq. 17]
+            s = torch.linspace(0, 1, length + 1, dtype=torch.float64)
+            a = ((s + 0.008) / 1.008 * pi / 2).cos().square()
+            betas = (1 - a[1:] / a[:-1]).clamp(max=0.999)
         else:
-            self.betas = torch.tensor(self.trained_betas, dtype=torch.float64)
-        self.length = len(self.betas)
-        self.alphas_cumprod = torch.cumprod(1 - self.betas, dim=0)
+            raise ValueError(f"beta_schedule {kind!r} is not supported; use scaled_linear")
+        self.betas, self.length = betas, len(betas)
+        self.alphas_cumprod = torch.cumprod(1 - betas, dim=0)
         if self.zero_snr:  # [4, algorithm 1]: sqrt(a_t) shifted to end at 0, and scaled to keep a_0
             root = self.alphas_cumprod.sqrt()
             self.alphas_cumprod = ((root - root[-1]) * root[0] / (root[0] - root[-1])).square()
 
     def a(self, t: Tensor | int, like: Tensor) -> Tensor:
-        """Return a_t for timesteps t (B,) or a number, shaped to multiply `like` (B, ...); float64,
-        on the CPU, as MPS has no float64. a_t is 1 for t < 0: before the first, there is no noise.
-        """
+        """Return a_t for timesteps t (B,) or a number, shaped to multiply `like` (B, ...). It is 1
+        for t < 0, before any noise, and stays on the CPU, as MPS has no float64."""
         t = torch.as_tensor(t).cpu()
         a = torch.where(t < 0, 1.0, self.alphas_cumprod[t.clamp(min=0)])
         return a.reshape(-1, *[1] * (like.ndim - 1))
@@ -101,9 +89,7 @@ class Schedule:
             return (x_t - sigma * prediction) / signal, prediction
         return signal * x_t - sigma * prediction, signal * prediction + sigma * x_t
 
-    def ddim_step(
-        self, x_t: Tensor, t: int, t_prev: int, prediction: Tensor, eta: float = 0.0, noise=None
-    ) -> Tensor:
+    def ddim_step(self, x_t: Tensor, t: int, t_prev: int, prediction: Tensor, eta=0.0, noise=None):
         """Return x at `t_prev` from x at `t` [2, eq. 12].
 
         eta 0 adds no new noise: the predicted x_0 is noised again with the predicted eps. Then
@@ -140,28 +126,32 @@ class Schedule:
         return [first + stride * i for i in reversed(range(steps))]
 
     def ddim_pairs(self, steps: int) -> list[tuple[int, int]]:
-        """Return (t, t_prev) of each step of DDIM, falling.
-
-        Trap: the last step ends at timestep 0, where a_0 is alphas_cumprod[0], not 1.
-        """
+        """Return (t, t_prev) of each step of DDIM. Trap: the last t_prev is 0, where a_0 < 1."""
         times = self.ddim_timesteps(steps)
         return list(zip(times, times[1:] + [0]))
 
-    def ddim_sample(
-        self, predict: Predict, x: Tensor, steps: int, eta: float = 0.0, draw: Draw = None
-    ) -> Iterator[Tensor]:
+    def ddim_sample(self, predict: Callable, x: Tensor, steps: int, eta=0.0, draw=None) -> Iterator:
         """Yield x (B, ...) after each step of DDIM, from noise to a clean x.
 
-        eta is 0 to 1. 1 is DDPM; Euler ancestral differs from that only in its timesteps.
+        predict(x_t, t (B,)) returns the model's prediction. eta is 0 to 1, and draw() returns
+        standard noise if it is not 0. eta 1 is DDPM; Euler ancestral has other timesteps only.
         """
         for t, t_prev in self.ddim_pairs(steps):
-            prediction = predict(x, torch.full((x.shape[0],), t, device=x.device))
+            prediction = predict(x, torch.full((len(x),), t, device=x.device))
             x = self.ddim_step(x, t, t_prev, prediction, eta, draw() if eta else None)
             yield x
 
-    def dpm_sample(
-        self, predict: Predict, x: Tensor, steps: int, eta: float = 0.0, draw: Draw = None
-    ) -> Iterator[Tensor]:
+    def ddim_invert(self, predict: Callable, x: Tensor, steps: int) -> Iterator:
+        """Yield x (B, ...) after each step of DDIM run backwards, from a clean x to its noise x_T.
+
+        The UNet is given the timestep that a step goes to, as in Mokady et al. 2022 and diffusers.
+        """
+        for t, t_from in reversed(self.ddim_pairs(steps)):
+            prediction = predict(x, torch.full((len(x),), t, device=x.device))
+            x = self.ddim_step(x, t_from, t, prediction)
+            yield x
+
+    def dpm_sample(self, predict: Callable, x: Tensor, steps: int, eta=0.0, draw=None) -> Iterator:
         """Yield x (B, ...) after each step of DPM-Solver++(2M) [5, algorithm 2], from noise.
 
         Each step is DDIM's (with eta, DPM-Solver++(2M) SDE's) with another x_0: extrapolated from
@@ -178,31 +168,21 @@ class Schedule:
             sigmas = torch.linspace(ends[-1], ends[0], steps, dtype=torch.float64) ** 7
             times = (sigmas.log()[:, None] - table.log()).abs().argmin(1).tolist()
         sigmas = [*sigmas.tolist(), 0.0]
-        before = x
-        for i, t in enumerate(times):
-            sigma, sigma_prev = sigmas[i : i + 2]
+        x_0_before = ratio_before = None
+        for t, sigma, sigma_prev in zip(times, sigmas, sigmas[1:]):
+            out = predict(x, torch.full((len(x),), t, device=x.device))
             signal, ratio = (1 + sigma**2) ** -0.5, sigma_prev / sigma
-            out = predict(x, torch.full((x.shape[0],), t, device=x.device))
             z = x / signal  # x_0 + sigma * eps
             x_0 = z - sigma * out if self.prediction == "eps" else signal * (x - sigma * out)
             middle = x_0
-            if i and ratio:  # not in the first step, nor in the last, which ends at log 0
-                middle = x_0 + (x_0 - before) * (log(ratio) / (2 * log(sigma / sigmas[i - 1])))
+            if x_0_before is not None and ratio:  # not in the last step, which ends at log 0
+                middle = x_0 + (x_0 - x_0_before) * (log(ratio) / (2 * log(ratio_before)))
             z = middle + ratio ** (1 + eta) * (z - middle)
             if eta:
                 z = z + sigma_prev * (1 - ratio ** (2 * eta)) ** 0.5 * draw()
-            x, before = z * (1 + sigma_prev**2) ** -0.5, x_0
+            x = z * (1 + sigma_prev**2) ** -0.5
             yield x
-
-    def ddim_invert(self, predict: Predict, x: Tensor, steps: int) -> Iterator[Tensor]:
-        """Yield x (B, ...) after each step of DDIM run backwards, from a clean x to its noise x_T.
-
-        The UNet is given the timestep that a step goes to, as in Mokady et al. 2022 and diffusers.
-        """
-        for t, t_from in reversed(self.ddim_pairs(steps)):
-            prediction = predict(x, torch.full((x.shape[0],), t, device=x.device))
-            x = self.ddim_step(x, t_from, t, prediction)
-            yield x
+            x_0_before, ratio_before = x_0, ratio
 
 
 # Samplers by name: the function, its default number of steps, its name in other programs.
@@ -210,11 +190,3 @@ SAMPLERS = {
     "dpm++": (Schedule.dpm_sample, 14, "DPM++ 2M Karras"),
     "ddim": (Schedule.ddim_sample, 50, "DDIM"),
 }
-
-
-def sampler_of(name: str, steps: int | None = None) -> tuple[Callable, int, str]:
-    """Return a row of SAMPLERS by its name, with `steps` in place of the default."""
-    if name not in SAMPLERS:
-        raise ValueError(f"sampler {name!r} is not known; use {', '.join(SAMPLERS)}")
-    run, default, title = SAMPLERS[name]
-    return run, default if steps is None else steps, title
