@@ -44,7 +44,7 @@ if not (there := Path(models.__file__ or models.__path__[0]).resolve()).is_relat
 from models.checkpoint import FAMILIES, load_model
 from models.concepts import FORMATS, Concept, default_format, load_concept, load_concepts, words_in
 from models.console import Parser, exit_status, picture_size, side
-from models.files import free_png, free_target, shortened, text_lines, write_png
+from models.files import free_target, shortened, text_lines, write_png
 from models.images import (
     Images,
     NotFinite,
@@ -539,7 +539,7 @@ def run_invert(args: argparse.Namespace) -> int:
     templates = read_templates(args.templates, paths, placeholder)
     options = training_options(args, None, templates) | dict(placeholder=placeholder)
     told = options.keys() - {"steps", "batch_size", "lr", "progressive"}  # without the model
-    run = Run(out, {name: options[name] for name in told})
+    run = Run(out, {name: options[name] for name in told}, args.save_image_words)
     run.look(args.resume, args.overwrite)  # raises where files of another run would be lost
     warn_of_photographs(paths, args.model is None)  # raises for damaged ones
     model = load_for(args)
@@ -573,7 +573,7 @@ def run_invert(args: argparse.Namespace) -> int:
         return grid(sample(model, prompt, [state.concept], n=4), least=LOOKED_AT)
 
     preview_every = max(1, steps // 3) if args.preview_every is None else args.preview_every
-    state = run.follow(states, args.save_every, preview_every, preview, args.save_image_words)
+    state = run.follow(states, args.save_every, preview_every, preview)
     if state.over and state.step < steps:
         print(f"converged after {state.step} of {steps} steps")
     print(what_next(args, out, placeholder, state.over))
@@ -659,7 +659,7 @@ def words_for(args: argparse.Namespace, prompts: Sequence[str]) -> list[Concept]
 
 def run_sample(args: argparse.Namespace) -> None:
     """draw prompts with learnt words"""
-    out = free_png(args.out, args.overwrite)
+    out = free_target(args.out, args.overwrite, ".png")
     _, steps, title = check_sampling(args.sampler, args.steps, args.n, args.eta, args.seed)
     guidance_of(None, args.guidance)  # raises for one that is no number
     if not (prompts := args.texts + args.prompts):
@@ -693,7 +693,7 @@ def run_sample(args: argparse.Namespace) -> None:
 
 def run_convert(args: argparse.Namespace) -> None:
     """write a word in another program's format"""
-    out = free_target(Path(args.out), args.overwrite)
+    out = free_target(args.out, args.overwrite)
     concepts = load_concepts(args.source)
     chosen = [c for c in concepts if args.word in (None, c.placeholder)]
     if len(chosen) != 1:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import textinv
 from models.concepts import Concept
-from models.files import free_png, write_png
+from models.files import free_target, write_png
 from models.images import grid, open_image, to_pil, to_tensor
 from models.latent_diffusion import LatentDiffusion
 
@@ -212,7 +212,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    out = free_png(args.out, args.overwrite)
+    out = free_target(args.out, args.overwrite, ".png")
     textinv.check_range(1, n=args.n)
     image = open_image(args.image)
     mask = open_mask(args.mask, image.size) if args.mask else None

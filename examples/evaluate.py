@@ -34,7 +34,7 @@ import textinv
 from models.checkpoint import BUNDLED, load_clip
 from models.clip import CLIP, MEAN, STD
 from models.concepts import Concept, load_concept
-from models.files import free_png, free_target, write_table
+from models.files import free_target, write_table
 from models.images import find_images, open_image
 from models.latent_diffusion import LatentDiffusion
 from models.tokenizers import (
@@ -317,8 +317,8 @@ def checked_subjects(args: argparse.Namespace) -> list[Subject]:
 
 def run(args: argparse.Namespace) -> None:
     """The whole command; faults that can be found before hours of work are found before it."""
-    out = free_target(Path(args.out), args.overwrite)
-    chart = free_png(args.chart, args.overwrite) if args.chart else None
+    out = free_target(args.out, args.overwrite)
+    chart = free_target(args.chart, args.overwrite, ".png") if args.chart else None
     subjects, prompts = checked_subjects(args), read_prompts(args.prompts)
     for prompt in (prompt for kind in prompts.values() for prompt in kind):
         without_weights(prompt)  # raises ValueError for a weight that is no number

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import textinv
-from models.files import free_png, free_target, write_png
+from models.files import free_target, write_png
 from models.images import find_images, grid
 from models.runs import interruptible
 
@@ -105,7 +105,7 @@ def invert(args: argparse.Namespace, rank: int, world: int) -> int:
 
 def sample(args: argparse.Namespace, rank: int, world: int) -> None:
     """Sample the prompts, each in one process, and write them as one grid."""
-    out = free_png(args.out, args.overwrite)
+    out = free_target(args.out, args.overwrite, ".png")
     if not (prompts := args.texts + args.prompts):
         raise ValueError("no prompt given; give PROMPT in quotes, or --prompts FILE")
     concepts = textinv.words_for(args, [*prompts, args.negative])

@@ -11,13 +11,6 @@ from .files import Output, out_of_memory
 
 
 class Parser(argparse.ArgumentParser):
-    def parse_known_args(self, args=None, namespace=None):
-        """Refuse an unknown option here, in the parser of its verb, whose help lists the others."""
-        found, unknown = super().parse_known_args(args, namespace)
-        if unknown:
-            self.error(f"unknown arguments: {' '.join(unknown)}")
-        return found, unknown
-
     def error(self, message: str):  # argparse itself prints many lines of usage and exits
         raise ValueError(f"{message}; see {self.prog} --help")
 
@@ -25,8 +18,7 @@ class Parser(argparse.ArgumentParser):
 def side(text: str) -> int:
     """Return a number of pixels. The models' own units are multiples of 8."""
     if not (text.isdecimal() and int(text) and int(text) % 8 == 0):
-        message = f"{text!r} is not a size; use multiples of 8, such as 512"
-        raise argparse.ArgumentTypeError(message)
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; use multiples of 8, such as 512")
     return int(text)
 
 

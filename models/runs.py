@@ -4,14 +4,13 @@ A run that learns `cat.safetensors` keeps beside it
 
     cat.json         its settings, written before the first step
     cat.csv          one row per step
-    cat.state        what the next step depends on: its number, the vectors, the optimizer's two
-                     moments, and what `--stop auto` has seen
+    cat.state        step, vectors, the optimizer's moments, and the losses of `--stop auto`
     cat.inputs.png   what the model sees of the pictures
     cat.step-N.png   previews
-    cat.image-N.*    the words of single pictures, if they are asked for
+    cat.image-N.*    the words of single pictures, if asked for
 
 Every random draw of a step follows from the seed and the number of the step, so the state needs no
-generators, and a run that was killed goes on to the same bits from whichever state it finds.
+generators, and a run that was killed resumes to the same bits from whichever state it finds.
 """
 
 import csv
@@ -24,42 +23,40 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 from tqdm import tqdm
 
 from .concepts import Concept
-from .files import shortened, write_file, write_png, write_table
+from .files import checking, shortened, write_file, write_png, write_table
 
 # Early stopping (Voronov et al. 2023, "Is This Loss Informative?", arXiv:2302.04841): the loss of a
 # new batch depends on its timesteps more than on the word, so every STOP_EVERY steps it is measured
 # on the same batches. Training has converged when the variance of the last STOP_WINDOW values is
 # below STOP_SHARE of that of all. (The paper: every step, 310 of them, 0.15.)
 STOP_EVERY, STOP_WINDOW, STOP_SHARE = 10, 10, 0.05
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
+ANEW = "start over with --overwrite"
 
 
 @dataclass
 class State:
-    """Where training stands after a step. Its vectors are those in training: clone what you keep.
-
-    `loss` is eq. 2 on the step's batch. `concept` has the vectors in use so far (all of them unless
-    progressive). `fixed_losses`, and `best`, the vectors with the lowest, are for early stopping.
-    """
+    """Where training stands after a step. The vectors are in training: clone what you keep."""
 
     step: int
     steps: int  # the last step
-    loss: Tensor
-    concept: Concept
-    image_words: list[Concept]  # one word per picture, if asked for
+    loss: Tensor  # eq. 2 on the step's batch
+    concept: Concept  # with the vectors in use so far: all of them unless progressive
+    image_words: list[Concept]  # one per picture, if asked for
     parameters: list[Tensor]
     optimizer: torch.optim.AdamW
     start: Tensor  # the vectors before the first step
-    fixed_loss: float | None = None  # the last of these, in a step that measured it
+    fixed_loss: float | None = None  # for early stopping, if this step measured it
     fixed_losses: list[float] = field(default_factory=list)
-    best: list[Tensor] = field(default_factory=list)
+    best: list[Tensor] = field(default_factory=list)  # the vectors with the lowest of these
 
     @property
     def over(self) -> bool:
@@ -71,24 +68,23 @@ class State:
         tensors = {"step": torch.tensor(self.step)}
         for i, vectors in enumerate(self.parameters):
             tensors[f"{i}.vectors"] = vectors.detach()
-            for moment in ("exp_avg", "exp_avg_sq"):
-                tensors[f"{i}.{moment}"] = self.optimizer.state[vectors][moment]
+            tensors |= {f"{i}.{name}": self.optimizer.state[vectors][name] for name in MOMENTS}
         if self.fixed_losses:
             tensors["losses"] = torch.tensor(self.fixed_losses, dtype=torch.float64)
             tensors |= {f"best.{i:04d}": vectors for i, vectors in enumerate(self.best)}
         return {key: tensor.cpu().clone() for key, tensor in tensors.items()}
 
     def restore(self, saved: Mapping[str, Tensor]) -> None:
-        """Put what `tensors` returned back in place. Raises ValueError for other vectors."""
+        """Put back what `tensors` returned. Raises ValueError if it is of other vectors."""
         self.step = int(saved["step"])
         for i, vectors in enumerate(self.parameters):
-            kept = [saved.get(f"{i}.{kind}") for kind in ("vectors", "exp_avg", "exp_avg_sq")]
+            kept = [saved.get(f"{i}.{name}") for name in ("vectors", *MOMENTS)]
             if any(tensor is None or tensor.shape != vectors.shape for tensor in kept):
                 raise ValueError("the state to resume from is of other vectors than are trained")
-            value, mean, square = (tensor.to(vectors, copy=True) for tensor in kept)
+            value, *moments = (tensor.to(vectors, copy=True) for tensor in kept)
             vectors.data.copy_(value)
-            moments = dict(step=torch.tensor(float(self.step)), exp_avg=mean, exp_avg_sq=square)
-            self.optimizer.state[vectors] = moments
+            step = torch.tensor(float(self.step))
+            self.optimizer.state[vectors] = dict(zip(MOMENTS, moments), step=step)
         self.fixed_losses = saved["losses"].tolist() if "losses" in saved else []
         self.best = [saved[key] for key in sorted(saved) if key.startswith("best.")]
 
@@ -105,7 +101,7 @@ class State:
 
 
 def converged(losses: Sequence[float]) -> bool:
-    """Return True if the last losses vary little beside all of them (early stopping)."""
+    """Return True if the last losses vary little compared with all of them (early stopping)."""
     losses = torch.tensor(losses, dtype=torch.float64)
     enough = len(losses) >= STOP_WINDOW
     return enough and bool(losses[-STOP_WINDOW:].var() < STOP_SHARE * losses.var())
@@ -114,21 +110,21 @@ def converged(losses: Sequence[float]) -> bool:
 class Run:
     """The files of one run, beside the word that it learns."""
 
-    def __init__(self, out: Path, settings: dict):
-        self.out = out
+    def __init__(self, out: Path, settings: dict, image_words: bool = False):
+        self.out, self.settings = out, settings
+        self.image_words = image_words  # also save the words of single pictures
         self.stem = shortened(out.stem, 200)  # leaves room for the endings
-        self.settings = settings
-        self.rows: list[dict] = []
+        self.rows: list[dict] = []  # of the table
 
     def path(self, ending: str) -> Path:
-        """`cat.csv` beside `cat.safetensors`, for the ending "csv"."""
+        """Return `cat.csv` beside `cat.safetensors`, for the ending "csv"."""
         return self.out.with_name(f"{self.stem}.{ending}")
 
     def look(self, resume: bool, overwrite: bool) -> dict[str, Tensor] | None:
-        """The state to go on from, or None at the beginning. Writes nothing.
+        """Return the state to continue from, or None at the beginning. Writes nothing.
 
-        Raises ValueError where files that are not this run's would be lost, or where a setting
-        differs from what the run began with; the number of steps may.
+        Raises ValueError if files that are not this run's would be lost, or if a setting differs
+        from what the run began with; the number of steps may.
         """
         if resume and self.path("json").exists():
             self.check_settings()
@@ -137,28 +133,23 @@ class Run:
                 return state if int(state["step"]) else None
             if not self.out.exists():
                 return None  # killed before the first step
-        for path in () if overwrite else self.files():
+        there = [path for path in (self.out, *self.files()) if path.exists()]
+        if there and not overwrite:
             way = "its state is gone, so" if resume else "continue with --resume,"
-            raise ValueError(
-                f"{path} exists; {way} choose another --out, or say --overwrite to start over"
-            )
+            raise ValueError(f"{there[0]} exists; {way} choose another --out, or {ANEW}")
         return None
 
     def files(self) -> list[Path]:
-        """What there is of the files that a run of this name writes."""
-        beside, suffix = glob.escape(self.stem), self.out.suffix
-        own = f"json csv state inputs.png step-[0-9]*.png image-[0-9]*{suffix}".split()
-        found = [p for name in own for p in self.out.parent.glob(f"{beside}.{name}")]
-        return [self.out] * self.out.exists() + found
+        """Return the files that runs of this name have left, without the word."""
+        own = f"json csv state inputs.png step-[0-9]*.png image-[0-9]*{self.out.suffix}".split()
+        return [p for name in own for p in self.out.parent.glob(f"{glob.escape(self.stem)}.{name}")]
 
     def begin(self, anew: bool) -> None:
         """Write the settings, before the first step. `anew` removes another run's files, but not
         the word, which the first save replaces."""
-        for path in self.out.parent.glob(f".{glob.escape(self.stem)}.*.tmp"):
-            path.unlink()  # what a killed process left
-        for path in self.files() if anew else ():
-            if path != self.out:
-                path.unlink()
+        unfinished = self.out.parent.glob(f".{glob.escape(self.stem)}.*.tmp")  # of a killed process
+        for path in [*unfinished, *(self.files() if anew else ())]:
+            path.unlink()
         text = json.dumps(self.settings, indent=1, ensure_ascii=False) + "\n"
         write_file(self.path("json"), text.encode(), overwrite=True)
         if anew:  # a run without a state, but with a word, is not ours to overwrite
@@ -166,59 +157,43 @@ class Run:
 
     def check_settings(self) -> None:
         path = self.path("json")
-        try:
+        with checking(path, f"expected a run's settings; {ANEW}"):
             began = dict(json.loads(path.read_text("utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise ValueError(f"{path}: not a run's settings ({error}); use --overwrite") from None
         for key, now in json.loads(json.dumps(self.settings)).items():
             # The fingerprint tells what the model is, whatever the name of its file.
             if began.get(key) != now and key not in ("steps", "model"):
                 raise ValueError(
                     f"{path}: the run began with {key} {began.get(key)!r}, now it is {now!r}; "
-                    "give what it began with, or start over with --overwrite"
+                    f"give what it began with, or {ANEW}"
                 )
 
     def read_state(self) -> dict[str, Tensor]:
-        path = self.path("state")
-        try:
-            state = load(path.read_bytes())
-            step = int(state["step"])
+        with checking(self.path("state"), f"expected a run's state and its .csv; {ANEW}"):
+            state = load(self.path("state").read_bytes())
+            last = int(state["step"])
             with open(self.path("csv"), newline="", encoding="utf-8") as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(
-                f"{path}: no run can go on from it and the .csv beside it ({error}); start over "
-                "with --overwrite"
-            ) from None
+                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= last]
         return state
 
-    def follow(
-        self,
-        states: Iterator,
-        save_every: int,
-        preview_every: int,
-        preview: Callable,
-        image_words: bool,
-    ):
+    def follow(self, states: Iterator, save_every: int, preview_every: int, preview: Callable):
         """Train, and keep word, table, state and previews up to date; return the last State.
 
         states: the iterator of `textinv.train`. preview(state) draws a picture, every
-        `preview_every` steps (0: never). image_words: also save the words of single pictures.
-        Ctrl-C ends the run after the current step, with everything saved.
+        `preview_every` steps (0: never). Ctrl-C ends the run after the current step, with
+        everything saved.
         """
-        state, steps, done = None, self.settings["steps"], len(self.rows)
-        progress = tqdm(states, total=steps, initial=done, unit="step")
+        state, steps = None, self.settings["steps"]
+        progress = tqdm(states, total=steps, initial=len(self.rows), unit="step")
         try:
-            with interruptible() as asked:
+            with progress, interruptible() as asked:
                 for state in progress:
                     self.rows.append(table_row(state))
                     # A single step's loss depends on its timesteps more than on the word.
-                    losses = [float(row["loss"]) for row in self.rows[-50:]]
-                    loss, peak = sum(losses) / len(losses), peak_memory(state.loss.device)
-                    progress.set_postfix(loss=f"{loss:.4f}", peak=peak)
+                    loss = fmean(float(row["loss"]) for row in self.rows[-50:])
+                    progress.set_postfix(loss=f"{loss:.4f}", peak=peak_memory(state.loss.device))
                     shown = preview_every and state.step % preview_every == 0 and not state.over
                     if shown or state.step % save_every == 0:
-                        self.save(state, image_words)
+                        self.save(state)
                     if shown:  # after saving: on a small GPU it may run out of memory
                         text = {"prompt": f"a photo of {state.concept.placeholder}"}
                         path = self.path(f"step-{state.step}.png")
@@ -226,15 +201,14 @@ class Run:
                     if asked:
                         break
         finally:
-            progress.close()
             if state is not None:
-                self.save(state, image_words)
+                self.save(state)
         return state
 
-    def save(self, state, image_words: bool) -> None:
+    def save(self, state: State) -> None:
         """Write word, table and state, the state last: all that it counts lies in the others."""
         state.concept.save(self.out, overwrite=True)
-        for i, word in enumerate(state.image_words if image_words else (), 1):
+        for i, word in enumerate(state.image_words if self.image_words else (), 1):
             word.save(self.path(f"image-{i}{self.out.suffix}"), overwrite=True)
         self.write_state(state.tensors())
 
@@ -243,9 +217,9 @@ class Run:
         write_file(self.path("state"), save(tensors), overwrite=True)
 
 
-def table_row(state) -> dict[str, str]:
-    """Return a step's row of the table: loss, the loss on the same batches if it was measured, mean
-    norm of the vectors, and their mean distance from where they started."""
+def table_row(state: State) -> dict[str, str]:
+    """Return a step's row of the table: loss, fixed loss if measured, mean norm of the vectors, and
+    their mean distance from where they started."""
     vectors = state.concept.vectors.detach()
     moved = vectors - state.start[: len(vectors)]
     figures = [state.loss, vectors.norm(dim=1).mean(), moved.norm(dim=1).mean()]
@@ -257,8 +231,8 @@ def table_row(state) -> dict[str, str]:
 
 @contextmanager
 def interruptible() -> Iterator[list[int]]:
-    """Ctrl-C (and SIGTERM) only asks: the yielded list is no longer empty, and whoever runs the
-    loop ends it between two steps. A second Ctrl-C ends at once."""
+    """Let Ctrl-C and SIGTERM only fill the yielded list, so that a loop can end between two steps.
+    A second one ends at once."""
     asked: list[int] = []
 
     def ask(number, frame):
@@ -276,16 +250,10 @@ def interruptible() -> Iterator[list[int]]:
 
 
 def peak_memory(device: torch.device) -> str:
-    """The most memory that was used so far: on a GPU by tensors, else by this process."""
+    """Return the most memory used so far: on a GPU by tensors, else, on Linux, by this process."""
     if device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
+    # Trap: getrusage's ru_maxrss counts the peak of the process that started this one as well.
     status = Path("/proc/self/status")
-    # Trap: on Linux ru_maxrss counts the peak of the process that started this one as well.
-    if status.exists() and (own := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
-        return f"{int(own[1]) / 2**20:.1f} GiB"
-    try:
-        import resource
-    except ImportError:  # Windows
-        return "?"
-    unit = 1 if sys.platform == "darwin" else 1024
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GiB"
+    own = re.search(r"VmHWM:\s*(\d+) kB", status.read_text() if status.exists() else "")
+    return f"{int(own[1]) / 2**20:.1f} GiB" if own else "?"

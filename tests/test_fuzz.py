@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save
 
 import textinv
-from models.concepts import FORMATS, SUFFIXES
+from models.concepts import FORMATS
 from models.files import CheckpointError, open_state
 
 TINY = Path(__file__).resolve().parent / "golden" / "tiny"
@@ -57,7 +57,7 @@ def words(tmp_path_factory) -> dict[str, bytes]:
     word = textinv.Concept("<w>", vectors, {"steps": "5"})
     files = {}
     for format in FORMATS:
-        for suffix in SUFFIXES[format]:
+        for suffix in FORMATS[format]:
             path = folder / f"{format}{suffix}"
             word.save(path, format=format)
             files[path.name] = path.read_bytes()

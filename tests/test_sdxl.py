@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 
 import textinv
 from models import checkpoint
-from models.concepts import SUFFIXES
+from models.concepts import FORMATS
 from models.files import CheckpointError
 from models.latent_diffusion import LatentDiffusion
 from models.layers import Conditioning
@@ -431,7 +431,7 @@ def test_the_second_file_of_diffusers_alone_is_refused(rest, tmp_path):
 @pytest.mark.parametrize("name", ("cat.safetensors", "cat.pt", "cat.png"))
 def test_words_are_written_as_halves(name, tmp_path):
     word = textinv.Concept("<cat>", torch.randn(2, 2048), {"steps": "7"})
-    for format in [f for f, endings in SUFFIXES.items() if (tmp_path / name).suffix in endings]:
+    for format in [f for f, endings in FORMATS.items() if (tmp_path / name).suffix in endings]:
         word.save(tmp_path / name, overwrite=True, format=format)
         back = textinv.load_concept(tmp_path / name)
         assert torch.equal(back.vectors, word.vectors)
