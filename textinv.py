@@ -222,7 +222,7 @@ def train(
     check_setup(vectors, weight_decay, regularize, progressive, stop, seed)
     if placeholder is None:  # the name of a folder, as on the command line
         placeholder = named_after(images) if isinstance(images, (str, Path)) else "<s>"
-    model.check_placeholder(placeholder)
+    model.check_placeholders([placeholder])
     start = initial_vectors(model, init_word, vectors)
     pixels = images if isinstance(images, Tensor) else prepare_images(images, model.size, masked)
     texts = templates_by_picture(templates, len(pixels))

@@ -72,7 +72,7 @@ class Scorer:
             tokenizer: Tokenizer = WordPieceTokenizer.load(BUNDLED / "vocab.txt", length)
         else:
             merges = next(Path(path).glob("merges.txt"), None)
-            tokenizer = CLIPTokenizer.load(merges, length, vocab_size=size)
+            tokenizer = CLIPTokenizer.load(merges, size, max_length=length)
         if (known := tokenizer.vocab_size) != size:
             raise ValueError(f"{path}: knows {size} tokens, its vocabulary has {known}")
         return cls(clip.to(device), tokenizer)

@@ -438,7 +438,7 @@ def load_tokenizer(family: str, config: BertConfig | TextConfig, vocabulary: Pat
         tokenizer = WordPieceTokenizer.load(vocabulary or BERT_VOCAB, length)
     else:
         pad_id = 0 if family == "sd2" else None
-        tokenizer = CLIPTokenizer.load(vocabulary, length, pad_id, size)
+        tokenizer = CLIPTokenizer.load(vocabulary, size, max_length=length, pad_id=pad_id)
     if tokenizer.vocab_size != size:
         raise CheckpointError(
             f"its text encoder knows {size} tokens, its vocabulary has {tokenizer.vocab_size}; "

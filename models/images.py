@@ -6,6 +6,7 @@ it is transparent; it is never stretched.
 
 import io
 import math
+import re
 import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -31,95 +32,79 @@ class NotFinite(ValueError):
     """NaN or infinity in training, in the autoencoder or in sampled pictures."""
 
 
-@contextmanager
-def pillow_limits():
-    """Let Pillow read large pictures, which `open_image` bounds, and PNG files with long texts."""
-    before = Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK
-    Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = None, PngImagePlugin.MAX_TEXT_MEMORY
-    try:
-        yield
-    finally:
-        Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = before
-
-
 def find_images(folder: str | Path) -> list[Path]:
     """Return the picture files of a folder, sorted, without masks (cat.mask.png beside cat.jpg).
-    Warns of each other file that is skipped.
-
-    Raises ValueError if there is no such folder, or no picture in it.
-    """
+    Warns of each other file that is skipped. Raises ValueError if there is no picture."""
     folder = Path(folder)
     if not folder.exists():
         raise ValueError(f"{folder}: no such folder; give a folder with 3-5 pictures of one thing")
     files = [folder] if folder.is_file() else sorted(p for p in folder.iterdir() if p.is_file())
     faults = {path: fault_of(path) for path in files}
-    pictures = [path for path in files if not faults[path]]
     endings = (".txt", ".caption", ".mask.png")
-    beside = {path.with_suffix(end) for path in pictures for end in endings}
-    pictures = [path for path in pictures if path not in beside]
+    beside = {path.with_suffix(end) for path in files if not faults[path] for end in endings}
+    pictures = [path for path in files if not faults[path] and path not in beside]
     for path in files:
         if faults[path] and path not in beside:
-            warnings.warn(f"skipped {path}: {faults[path]}", stacklevel=2)
+            warnings.warn(f"skipped {path}: {faults[path]}")
     if not pictures:
         inside = (p for p in islice(folder.rglob("*"), 10_000) if p.is_file() and not fault_of(p))
-        below = ", ".join(str(path) for path in sorted({path.parent for path in inside})[:5])
+        below = ", ".join(sorted({str(path.parent) for path in inside})[:5])
         there = f"but there are in {below}; give that folder" if below else "3-5 are wanted"
         raise ValueError(f"{folder}: no pictures that can be read, {there}")
     return pictures
 
 
+@contextmanager
+def opened(path: str | Path):
+    """Open a picture, even a large one, which `read_image` bounds, or a PNG with long texts."""
+    before = Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK
+    Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = None, PngImagePlugin.MAX_TEXT_MEMORY
+    try:
+        image = Image.open(path)
+        if image.format in NO_PICTURES:
+            image.close()
+            raise ValueError(f"it is {image.format}")
+        yield image
+    finally:
+        Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = before
+
+
 def fault_of(path: Path) -> str | None:
-    """Return why a file is not a picture, or None for one that is, or is damaged: Pillow knows its
-    content or its ending."""
+    """Return why a file is not a picture, or None if Pillow knows its content or its ending."""
     if path.name.startswith("."):
         return "not a picture"
     try:
-        with pillow_limits(), Image.open(path, formats=picture_formats()):
+        with opened(path) as image:
+            image.close()
             return None
     except Exception:  # plugins raise whatever a foreign file leads to
-        known = Image.registered_extensions().get(path.suffix.lower()) in picture_formats()
-        return phone_format(path) or (None if known else "not a picture")
-
-
-def picture_formats() -> list[str]:
-    """Return what Pillow, with the plugins of this program's user, can read as a picture."""
-    Image.init()
-    return [name for name in Image.ID if name not in NO_PICTURES]
-
-
-def phone_format(path: Path) -> str | None:
-    """Return what to do about a picture of a kind that this Pillow cannot read."""
+        ending = path.suffix.lower()
     with open(path, "rb") as file:
-        start = file.read(32)
-    avif = start[4:8] == b"ftyp" and b"avi" in start
-    boxes = start[4:8] == b"ftyp" and any(kind in start for kind in (b"hei", b"hev", b"mif1"))
-    heic = boxes or path.suffix.lower() in (".heic", ".heif")
-    kind = "AVIF" if avif else "HEIC" if heic else None
-    return kind and f"{kind} is not read here, save it as JPEG"
+        phone = re.match(rb"(?s).{4}ftyp.*(avi|hei|hev|mif1)", file.read(32))
+    if phone or ending in (".heic", ".heif"):
+        return "HEIC (or AVIF) is not read here, save it as JPEG"
+    known = Image.registered_extensions().get(ending) in Image.OPEN.keys() - NO_PICTURES
+    return None if known else "not a picture"
 
 
 def read_image(path: str | Path) -> Image.Image:
     """Return a file's picture, loaded, its first frame; a very large one reduced. Raises ValueError
     if the file is not readable as a picture, or too large."""
     try:
-        with pillow_limits():
-            image = Image.open(path, formats=picture_formats())
-            width, height = image.size
-            shrink = math.sqrt(width * height / LARGE)
-            small = int(width / shrink), int(height / shrink)
-            if shrink > 1:  # a JPEG is decoded at a half, a quarter or an eighth
-                image.draft(None, small)
+        with opened(path) as image:
+            shrink = max(1, math.sqrt(image.width * image.height / LARGE))
+            small = int(image.width / shrink), int(image.height / shrink)
+            image.draft(None, small)  # a JPEG is decoded at a half, a quarter or an eighth
             if image.width * image.height > MAX_PIXELS:
-                raise ValueError(
-                    f"{width}x{height} pixels, {MAX_PIXELS:,} at most; save it smaller"
-                )
+                size = f"{image.width}x{image.height} pixels"
+                raise ValueError(f"{size}, {MAX_PIXELS:,} at most; save it smaller")
             image.load()
-            if shrink > 1 and not image.mode.startswith("I;"):  # which Pillow does not resize
+            if not image.mode.startswith("I;"):  # which Pillow does not resize
                 image.thumbnail(small)
             return image
     except (OSError, ValueError, SyntaxError) as error:
-        known = Path(path).is_file() and phone_format(Path(path))
-        raise ValueError(f"{path}: {known or f'not readable as a picture ({error})'}") from error
+        fault = Path(path).is_file() and fault_of(Path(path))
+        raise ValueError(f"{path}: {fault or f'not readable as a picture ({error})'}") from error
 
 
 def open_image(source: str | Path | Image.Image, background: str = "white") -> Image.Image:
@@ -129,25 +114,26 @@ def open_image(source: str | Path | Image.Image, background: str = "white") -> I
     try:
         image = ImageOps.exif_transpose(image)
     except Exception as error:  # Pillow raises whatever the damaged tags lead to
-        warnings.warn(f"{source}: damaged EXIF ({error}), orientation ignored", stacklevel=2)
-    profile, mode = image.info.get("icc_profile"), image.mode
-    if mode == "F":
-        brightest = np.asarray(image).max()
-        image = image.point(lambda value: value * (255 if brightest <= 1 else 1)).convert("L")
-    if mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip to white
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
-    grey, alpha = image.mode in ("1", "L", "LA"), None
-    if mode in ("RGBA", "LA", "P", "PA") or "transparency" in image.info:
-        image = image.convert("LA" if grey else "RGBA")
+        warnings.warn(f"{source}: damaged EXIF ({error}), orientation ignored")
+    profile, alpha = image.info.get("icc_profile"), None
+    if image.mode[0] in "IF":  # Pillow would clip 16 bits to white
+        values = np.asarray(image)
+        if image.mode != "F":
+            values = values / 256
+        elif values.max() <= 1:
+            values = values * 255
+        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+    plain = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}.get(image.mode, "RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
         alpha = image.getchannel("A")
-    image = image.convert("L" if grey else "CMYK" if mode == "CMYK" else "RGB")
+    image = image.convert(plain)
     if profile:
         image = in_srgb(image, profile, source)
     image = image.convert("RGB")
     if alpha:
-        image.putalpha(alpha)
-        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
-    return image.convert("RGB")
+        image = Image.composite(image, Image.new("RGB", image.size, background), alpha)
+    return image
 
 
 def in_srgb(image: Image.Image, profile: bytes, name) -> Image.Image:
@@ -159,22 +145,27 @@ def in_srgb(image: Image.Image, profile: bytes, name) -> Image.Image:
         srgb = ImageCms.createProfile("sRGB")
         return ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
     except Exception as error:  # a damaged profile, one of other colours, a Pillow without lcms
-        warnings.warn(f"{name}: unusable colour profile ({error}), taken as sRGB", stacklevel=3)
+        warnings.warn(f"{name}: unusable colour profile ({error}), taken as sRGB")
         return image
 
 
 def written_templates(choice: str, pictures: Sequence[Path], placeholder: str) -> list:
-    """Return the templates of a file, of one template, or of the captions beside the pictures; as
-    lists, one per picture, where they differ. As in A1111, [name] is the word and [filewords] a
-    picture's caption, or the name of its file."""
+    """Return the templates in a file, one template, or the captions beside the pictures; as lists,
+    one per picture, where they differ. As in A1111, [name] is the word and [filewords] a picture's
+    caption, or else the name of its file without the number in front."""
     if choice == "captions":
         return [read_captions(caption_of(path), placeholder) for path in pictures]
     single = any(mark in choice for mark in ("{}", "[name]", placeholder))
     texts = [with_mark(choice, placeholder)] if single else read_captions(Path(choice), placeholder)
     if not any("[filewords]" in text for text in texts):
         return texts
-    words = [with_mark(file_words(path), placeholder) for path in pictures]
-    return [[text.replace("[filewords]", own) for text in texts] for own in words]
+    filled = []
+    for path in pictures:
+        caption, words = caption_of(path), path.stem.lstrip("0123456789-_ ")
+        words = " ".join(text_lines(caption)) if caption.exists() else words
+        words = with_mark(words, placeholder)
+        filled.append([text.replace("[filewords]", words) for text in texts])
+    return filled
 
 
 def with_mark(text: str, placeholder: str) -> str:
@@ -188,24 +179,15 @@ def caption_of(path: Path) -> Path:
     return caption if caption.exists() else path.with_suffix(".txt")
 
 
-def file_words(path: Path) -> str:
-    """Return a picture's caption, or else its file's name without the number in front."""
-    caption = caption_of(path)
-    return " ".join(text_lines(caption)) if caption.exists() else path.stem.lstrip("0123456789-_ ")
-
-
 def read_captions(path: Path, placeholder: str) -> list[str]:
     """Return the templates in a text file. Raises ValueError for a line without the word."""
     try:
         lines = [with_mark(line, placeholder) for line in text_lines(path)]
     except OSError as error:
-        raise ValueError(
-            f"{str(path)!r}: {error.strerror or error}; --templates takes "
-            "object, style, captions (cat.txt beside cat.jpg), a file, 'a photo of {}'"
-        ) from None
-    if not lines:
-        raise ValueError(f"{path} is empty; write one template per line, as in 'a photo of {{}}'")
-    for line in lines:
+        takes = "object, style, captions (cat.txt beside cat.jpg), a file or 'a photo of {}'"
+        message = f"{str(path)!r}: {error.strerror or error}; --templates takes {takes}"
+        raise ValueError(message) from None
+    for line in lines or [""]:
         if "{}" not in line and "[filewords]" not in line:
             raise ValueError(f"{path}: {line[:60]!r} has no {{}} where the word goes")
     return lines
@@ -219,25 +201,22 @@ def warn_of_photographs(paths: Sequence[Path], bundled: bool) -> None:
         colours = ImageOps.fit(image, (64, 64)).getcolors(64 * 64)
         found |= min(image.size) > 256 or len(colours) > 2600
     if found and bundled:
-        warnings.warn(
-            "these look like photographs; the bundled model knows only emoji at 64 pixels. For "
-            "photographs take a model that was trained on them: --model sd15 (see weights.md)"
-        )
+        note = "the bundled model knows only emoji at 64 pixels; for photographs take --model sd15"
+        warnings.warn(note)
 
 
-def open_mask(source: str | Path | Image.Image) -> Image.Image:
+def open_mask(source: str | Path | Image.Image, image: Image.Image) -> Image.Image:
     """Return how much each pixel of a picture counts, grey: what NAME.mask.png beside NAME.jpg
     shows, else the picture's alpha channel, else white. Raises ValueError for another size."""
-    white = open_image(source)
     beside = None if isinstance(source, Image.Image) else Path(source).with_suffix(".mask.png")
-    if beside is None or not beside.exists():  # where the background shows, alpha is less than 1
-        shows = ImageChops.difference(white, open_image(source, "black"))
-        return ImageChops.invert(shows.convert("L"))
-    mask = open_image(beside, "black").convert("L")
-    if mask.size != white.size:
-        sizes = "{}x{} pixels, the picture {}x{}".format(*mask.size, *white.size)
-        raise ValueError(f"{beside} has {sizes}; a mask must have its picture's size")
-    return mask
+    if beside and beside.exists():
+        mask = open_image(beside, "black").convert("L")
+        if mask.size != image.size:
+            sizes = "{}x{} pixels, the picture {}x{}".format(*mask.size, *image.size)
+            raise ValueError(f"{beside} has {sizes}; a mask must have its picture's size")
+        return mask
+    shows = ImageChops.difference(image, open_image(source, "black"))  # where alpha is less than 1
+    return ImageChops.invert(shows.convert("L"))
 
 
 def prepare_images(images: Images, size: int, masked: bool = False) -> Tensor:
@@ -253,16 +232,15 @@ def prepare_images(images: Images, size: int, masked: bool = False) -> Tensor:
         image = open_image(source)
         name = f"picture {i + 1}" if isinstance(source, Image.Image) else source
         if min(image.size) < size:
-            width, height = image.size
-            warnings.warn(f"{name} has {width}x{height} pixels, enlarged for {size}", stacklevel=2)
+            warnings.warn(f"{name} has {image.width}x{image.height} pixels, enlarged for {size}")
         squares.append(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
         if masked:
-            mask = ImageOps.fit(open_mask(source), (size, size), Image.Resampling.BOX)
+            mask = ImageOps.fit(open_mask(source, image), (size, size), Image.Resampling.BOX)
             if not mask.getbbox():
                 raise ValueError(f"{name}: the mask is empty in the square that the model sees")
             squares[-1].putalpha(mask)
     if masked and all(square.getextrema()[3] == (255, 255) for square in squares):
-        warnings.warn("masked, but no picture has transparency or a NAME.mask.png", stacklevel=2)
+        warnings.warn("masked, but no picture has transparency or a NAME.mask.png")
     return torch.cat([to_tensor(image) for image in squares])
 
 
@@ -275,9 +253,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 def to_pil(images: Tensor) -> list[Image.Image]:
     """Return pictures (N, 3, H, W) in [-1, 1] as PIL images. Raises NotFinite for NaN."""
     if not images.isfinite().all():
-        raise NotFinite(
-            "sampling gave NaN or infinity; try --precision bf16 or fp32, or a lower --guidance"
-        )
+        raise NotFinite("sampling gave NaN; try --precision bf16 or fp32, or a lower --guidance")
     pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(p) for p in pixels]
 

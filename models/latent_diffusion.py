@@ -19,12 +19,11 @@ from .clip import CLIPTextEncoder, SDXLTextEncoder
 from .concepts import Concept
 from .layers import Conditioning, each
 from .schedule import Schedule
-from .tokenizers import BREAK, Placeholders, Tokenizer, Tokens, check_names, split_weights
+from .tokenizers import BREAK, RENAME, Tokenizer, Tokens, check_names, split_weights
 from .unet import UNet
 
-# Which model a word belongs to, by the width of its vectors.
-WIDTHS = {768: "a Stable Diffusion 1", 1024: "a Stable Diffusion 2", 1280: "LDM text2img-large"}
-WIDTHS |= {2048: "a Stable Diffusion XL"}
+# A model for words whose vectors have this width.
+WIDTHS = {768: "sd15", 1024: "sd21", 1280: "ldm", 2048: "sdxl"}
 Context = Tensor | Conditioning  # (B, L, D); SDXL has pooled text (B, P) beside it
 
 
@@ -66,18 +65,15 @@ class LatentDiffusion:
     def __str__(self) -> str:
         modules = (self.unet, self.autoencoder, self.text_encoder)
         count = sum(p.numel() for m in modules for p in m.parameters())
+        head = f"{self.name}: {self.family}, {count / 1e6:,.0f}M parameters"
         precision = str(self.dtype).removeprefix("torch.")
-        return (
-            f"{self.name}: {self.family}, {count / 1e6:,.0f}M parameters, "
-            f"{self.schedule.prediction}-prediction, {precision} on {self.device}"
-        )
+        return f"{head}, {self.schedule.prediction}-prediction, {precision} on {self.device}"
 
     # ------------------------------------------------------------------------------- text
 
-    def placeholders(self, concepts: Sequence[Concept]) -> Placeholders:
+    def placeholders(self, concepts: Sequence[Concept]) -> dict[str, range]:
         """Return the ids of each placeholder's vectors: consecutive, from `vocab_size` on."""
-        ids: dict[str, range] = {}
-        first = self.tokenizer.vocab_size
+        ids, first = {}, self.tokenizer.vocab_size
         for concept in concepts:
             ids[concept.placeholder] = range(first, first + len(concept.vectors))
             first += len(concept.vectors)
@@ -102,8 +98,7 @@ class LatentDiffusion:
         """Return the context (B, L, D), float32, of prompts with placeholders; for SDXL a
         `Conditioning`. It is differentiable in the concepts' vectors.
 
-        Prompts are cut off after L tokens. Brackets are plain text; `encode_prompts` reads them as
-        weights.
+        Prompts are cut off after L tokens. Brackets are text; in `encode_prompts` they are weights.
         """
         placeholders = self.placeholders(concepts)
         rows = [self.tokenizer.token_ids(prompt, placeholders) for prompt in prompts]
@@ -127,10 +122,10 @@ class LatentDiffusion:
         """Return the chunks of a prompt: ids with their weights, without start and end. The text
         encoder reads them one by one. LDM has one chunk only; warns of what it cuts off."""
         placeholders = self.placeholders(concepts)
+        known = {"BREAK": [BREAK]} | placeholders
         tokens: Tokens = []
         for text, weight in split_weights(prompt, placeholders):
-            ids = [BREAK] if text is None else self.tokenizer.token_ids(text, placeholders)
-            tokens += [(i, weight) for i in ids]
+            tokens += [(i, weight) for i in self.tokenizer.token_ids(text, known)]
         if self.family != "ldm":
             return self.tokenizer.chunks(tokens, placeholders)
         read = [(i, weight) for i, weight in tokens if i != BREAK]
@@ -141,28 +136,36 @@ class LatentDiffusion:
 
     def encode_prompts(self, prompts: Sequence[str], concepts: Sequence[Concept] = ()) -> Context:
         """Return the context (B, k * L, D) as `encode_text` does, with brackets read as weights. k
-        is the number of chunks of the longest prompt; shorter prompts get empty chunks.
-
-        As in AUTOMATIC1111's web UI, each token's output is multiplied by its weight, then each
-        chunk is scaled to the mean it had; for SDXL, each encoder's part by itself. LDM leaves the
-        scaling out: BERT's mean is close to 0, and scaling multiplied whole prompts by -18.
-        Raises ValueError for a weight that is not a number.
-        """
+        is the number of chunks of the longest prompt; shorter prompts get empty chunks. Raises
+        ValueError for a weight that is not a number."""
         rows = [self.weighted_chunks(prompt, concepts) for prompt in prompts]
-        k = max(map(len, rows), default=1)
+        k = max(map(len, rows))
         chunks = [chunk for row in rows for chunk in row + [[]] * (k - len(row))]
         encoded = self.encode_ids([[i for i, _ in chunk] for chunk in chunks], concepts)
         context = encoded.context if isinstance(encoded, Conditioning) else encoded
-        weights = torch.ones(context.shape[:2])
+        weights = torch.ones(*context.shape[:2], 1)
         for i, chunk in enumerate(chunks):
-            weights[i, 1 : 1 + len(chunk)] = torch.tensor([weight for _, weight in chunk])
-        scaled = context * weights[..., None].to(context.device)
-        if self.family != "ldm":
-            pairs = zip(*(x.split(self.text_encoder.widths, dim=-1) for x in (context, scaled)))
-            scaled = torch.cat([restore_mean(before, after) for before, after in pairs], dim=-1)
+            weights[i, 1 : 1 + len(chunk), 0] = torch.tensor([weight for _, weight in chunk])
+        scaled = self.apply_weights(context, weights.to(context.device))
         scaled = scaled.reshape(len(prompts), -1, scaled.shape[-1])  # (B, k * L, D)
         # Pooled text is taken from the first chunk.
         return replace(encoded[::k], context=scaled) if context is not encoded else scaled
+
+    def apply_weights(self, context: Tensor, weights: Tensor) -> Tensor:
+        """Return a context (B, L, D) with each token's features multiplied by its weight (B, L, 1).
+
+        As in AUTOMATIC1111's web UI, each row is then scaled to the mean it had; for SDXL, each
+        encoder's part by itself. LDM leaves that out: BERT's mean is close to 0, and scaling
+        multiplied whole prompts by -18.
+        """
+        if self.family == "ldm":
+            return context * weights
+        parts = []
+        for part in context.split(self.text_encoder.widths, dim=-1):
+            # float64, as the means are much smaller than the values; on the CPU: MPS has no float64
+            old, new = (x.cpu().double().mean((1, 2), True) for x in (part, part * weights))
+            parts.append(part * weights * (old / new).to(part))
+        return torch.cat(parts, dim=-1)
 
     def conditioning(
         self, prompts: Sequence[str], concepts: Sequence[Concept] = (), negative: str = ""
@@ -191,42 +194,38 @@ class LatentDiffusion:
         """Return the token ids of a text, without unknown tokens."""
         return [i for i in self.tokenizer.token_ids(text) if i != self.tokenizer.unknown_id]
 
-    def check_placeholder(self, placeholder: str) -> None:
-        """Raise ValueError for a placeholder that is no single word, or that the model knows."""
-        check_names([placeholder])
-        if placeholder.isalnum() and len(self.known_ids(placeholder)) == 1:
-            raise ValueError(
-                f"placeholder {placeholder!r} is an ordinary word of this model; use one like "
-                "<cat> (--placeholder '<cat>', or --rename FILE='<cat>' for a finished word)"
-            )
+    def check_placeholders(self, names: Sequence[str]) -> None:
+        """Raise ValueError for a placeholder that is no single word, or that the model knows, and
+        for two of the same name."""
+        check_names(names)
+        for name in names:
+            if name.isalnum() and len(self.known_ids(name)) == 1:
+                raise ValueError(f"{name!r} is an ordinary word of this model; {RENAME}")
 
     def check_concepts(self, concepts: Sequence[Concept]) -> None:
-        """Raise ValueError for words of another model's width, and for unusable placeholders."""
+        """Raise ValueError for words of another width than the model's, and as
+        `check_placeholders` does. Warns as `warn_of_another_model` does."""
+        self.check_placeholders([concept.placeholder for concept in concepts])
         width = self.text_encoder.token_table.shape[1]
-        check_names([concept.placeholder for concept in concepts])
         for concept in concepts:
             if (theirs := concept.vectors.shape[1]) != width:
                 base = concept.metadata.get("base_model") or WIDTHS.get(theirs, "unknown")
                 raise ValueError(
-                    f"{concept.placeholder} has vectors {theirs} wide, this model's words are "
-                    f"{width} wide; it was learnt with another model ({base}), so give that with "
-                    "--model"
+                    f"{concept.placeholder} is {theirs} wide, this model's words are {width} wide; "
+                    f"give the model that it was learnt with: --model ({base})"
                 )
-            if (skip := concept.metadata.get("clip_skip")) not in (None, str(self.clip_skip)):
-                name = concept.placeholder
-                warnings.warn(f"{name} was learnt with clip skip {skip}; add --clip-skip {skip}")
-            self.check_placeholder(concept.placeholder)
             self.warn_of_another_model(concept)
 
     def warn_of_another_model(self, concept: Concept) -> None:
-        """Warn of a word that was learnt with another model, by the fingerprint in its file."""
-        theirs, base = (concept.metadata.get(k, "") for k in ("base_model_hash", "base_model"))
+        """Warn of a word that was learnt with another model or clip skip, by what its file says."""
+        name, said = concept.placeholder, concept.metadata
+        theirs, base = said.get("base_model_hash", ""), said.get("base_model") or "a model"
         # Trap: A1111's hashes are another kind, with fewer digits.
         if len(theirs) == len(self.fingerprint) and theirs != self.fingerprint:
-            warnings.warn(
-                f"{concept.placeholder} was learnt with {base or 'one'} (fingerprint {theirs}); "
-                f"this is another model: {self.name} (fingerprint {self.fingerprint})"
-            )
+            here = f"this is another model: {self.name} (fingerprint {self.fingerprint})"
+            warnings.warn(f"{name} was learnt with {base} (fingerprint {theirs}); {here}")
+        if (skip := said.get("clip_skip", str(self.clip_skip))) != str(self.clip_skip):
+            warnings.warn(f"{name} was learnt with clip skip {skip}; add --clip-skip {skip}")
 
     def warn_if_cut(self, prompt: str, count: int) -> None:
         """Warn if a prompt of `count` tokens is longer than the text encoder reads."""
@@ -245,12 +244,12 @@ class LatentDiffusion:
         """Return the shape (C, h, w) of the latents of pictures of `size` (width, height), pixels.
         Raises ValueError for a size that does not fit the model."""
         factor, unit = self.autoencoder.config.factor, self.unit
-        if any(s < unit or s % unit for s in size):
+        width, height = size
+        if min(size) < unit or width % unit or height % unit:
             raise ValueError(
-                f"size {size[0]}x{size[1]} does not fit this model; "
-                f"width and height must be multiples of {unit}"
+                f"size {width}x{height} does not fit; both must be multiples of {unit}"
             )
-        return self.unet.config.channels, size[1] // factor, size[0] // factor
+        return self.unet.config.channels, height // factor, width // factor
 
     @torch.no_grad()
     def encode_moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -283,10 +282,3 @@ class LatentDiffusion:
         prediction = self.unet(torch.cat([x_t, x_t]), torch.cat([t, t]), both).float()
         without, with_text = prediction.chunk(2)
         return without + guidance_scale * (with_text - without)
-
-
-def restore_mean(before: Tensor, after: Tensor) -> Tensor:
-    """Return `after` (B, L, D), scaled so that each row has the mean of `before`."""
-    # float64, as the means are much smaller than the values; on the CPU, as MPS has no float64.
-    old, new = (x.cpu().double().mean((1, 2), True) for x in (before, after))
-    return after * (old / new).to(after)

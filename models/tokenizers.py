@@ -4,16 +4,14 @@ weights in prompts.
 Placeholders, the new words of textual inversion, are cut out of the text first (paper, section 3:
 "a string containing our placeholder word is first converted into tokens"). A placeholder may be any
 string without spaces. It is never split, its case matters, and it is not found inside other words.
-`nfc` makes two spellings of the same characters equal.
 """
 
 import gzip
 import json
-import math
 import re
 import unicodedata
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -22,7 +20,8 @@ VOCAB = Path(__file__).parent / "vocab"
 Placeholders = Mapping[str, Sequence[int]]  # {"<cat>": its V consecutive ids}
 Tokens = list[tuple[int, float]]  # ids with their weights
 BREAK = -1  # the id that ends a chunk
-nfc = partial(unicodedata.normalize, "NFC")  # Unicode's form for comparing names
+RENAME = "use a name like <cat> (for a word from a file: --rename FILE='<cat>')"
+nfc = partial(unicodedata.normalize, "NFC")  # makes two spellings of the same characters equal
 
 
 def any_of(words: Iterable[str]) -> str:
@@ -38,13 +37,9 @@ def check_names(names: Sequence[str]) -> None:
     """Raise ValueError for a placeholder that is no single word, and for two of the same name."""
     for name in names:
         if not name or re.search(r"\s", name):
-            raise ValueError(
-                f"placeholder {name!r} is empty or has a space in it; use one like <cat> "
-                "(--placeholder '<cat>', or --rename FILE='<cat>' for a finished word)"
-            )
+            raise ValueError(f"placeholder {name!r} is empty or has a space; {RENAME}")
         if names.count(name) > 1:
-            other = "give one another name: --rename FILE='<another>'"
-            raise ValueError(f"two words are called {name}; {other}")
+            raise ValueError(f"two words are called {name}; {RENAME}")
 
 
 class Tokenizer:
@@ -53,30 +48,18 @@ class Tokenizer:
 
     special: tuple[str, ...]  # tokens that a text may name, such as "[SEP]"
     ids: dict[str, int]  # every token of the vocabulary
-    vocab_size: int
-    start_id: int
-    end_id: int
-    pad_id: int
+    max_length: int  # ids of a text, with start and end
     unknown_id: int | None = None  # CLIP's tokenizer has none: it knows every byte
-
-    def __init__(self, max_length: int):
-        self.max_length = max_length
-
-    def tokenize(self, text: str) -> list[int]:
-        """Return the ids of a text without placeholders, without start and end."""
-        ids: list[int] = []
-        for piece in re.split(f"({any_of(self.special)})", text):
-            if piece in self.special:
-                ids.append(self.ids[piece])
-            else:
-                ids += [i for word in self.split(piece) for i in self.split_word(word)]
-        return ids
 
     def token_ids(self, text: str, placeholders: Placeholders = {}) -> list[int]:
         """Return all ids of a text, placeholders expanded, without start and end, not cut off."""
+        whole = {token: [self.ids[token]] for token in self.special} | dict(placeholders)
         ids: list[int] = []
-        for piece in re.split(f"({any_of(placeholders)})", nfc(text)):
-            ids += placeholders[piece] if piece in placeholders else self.tokenize(piece)
+        for piece in re.split(f"({any_of(whole)})", nfc(text)):
+            if piece in whole:
+                ids += whole[piece]
+            else:
+                ids += [i for word in self.split(piece) for i in self.split_word(word)]
         return ids
 
     def encode(self, text: str, placeholders: Placeholders = {}) -> list[int]:
@@ -100,20 +83,18 @@ class Tokenizer:
         chunks: list[Tokens] = [[]]
         for i, weight in tokens:
             if len(chunk := chunks[-1]) == room and i not in (comma, BREAK):
-                recent = range(max(0, room - 20), room)
-                cut = max((k + 1 for k in recent if chunk[k][0] == comma), default=room)
+                commas = [k for k in range(room - 20, room) if chunk[k][0] == comma]
+                cut = commas[-1] + 1 if commas else room
                 chunks[-1:] = [chunk[:cut], chunk[cut:]]
             if i == BREAK or (chunks[-1] and len(chunks[-1]) + sizes.get(i, 1) > room):
                 chunks.append([])
             if i != BREAK:
                 chunks[-1].append((i, weight))
-        return chunks if chunks[-1] or not chunks[1:] else chunks[:-1]
+        return chunks[:-1] if chunks[1:] and not chunks[-1] else chunks
 
 
 # ------------------------------------------------------------------------------------ WordPiece
 
-BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-MAX_WORD = 100  # characters; longer words are unknown
 # Blocks of Chinese characters. Each character is a word of its own.
 CJK = re.compile(
     "[\u4e00-\u9fff\u3400-\u4dbf\U00020000-\U0002a6df\U0002a700-\U0002b73f\U0002b740-\U0002b81f"
@@ -127,14 +108,11 @@ class WordPieceTokenizer(Tokenizer):
     vocab: the tokens in the order of their ids, as in the published vocab.txt.
     """
 
-    special = BERT_SPECIAL
+    special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
     def __init__(self, vocab: Sequence[str], max_length: int = 77):
-        super().__init__(max_length)
         self.ids = {token: i for i, token in enumerate(vocab)}
-        self.vocab_size = len(vocab)
-        if missing := [token for token in self.special if token not in self.ids]:
-            raise ValueError(f"not a WordPiece vocabulary: it has no {', '.join(missing)}")
+        self.vocab_size, self.max_length = len(vocab), max_length
         special = (self.ids[token] for token in self.special)
         self.pad_id, self.unknown_id, self.start_id, self.end_id, _ = special
 
@@ -148,22 +126,22 @@ class WordPieceTokenizer(Tokenizer):
         """Return lower-case words without accents. Each punctuation mark is a word."""
         category = unicodedata.category
         text = re.sub(r"[\t\n\r]", " ", text).replace("\ufffd", "")
-        # Control and format characters are dropped, unassigned characters are not.
-        text = "".join(c for c in text if category(c) not in ("Cc", "Cf", "Co", "Cs"))
-        text = CJK.sub(r" \g<0> ", text)
-        plain = unicodedata.normalize("NFD", text)
-        plain = "".join(c.lower() for c in plain if category(c) != "Mn")
+        text = unicodedata.normalize("NFD", CJK.sub(r" \g<0> ", text))
+        # Accents, control and format characters are dropped, unassigned characters are not.
+        dropped = ("Mn", "Cc", "Cf", "Co", "Cs")
+        plain = "".join(c.lower() for c in text if category(c) not in dropped)
         marks = {c for c in plain if category(c)[0] == "P" or ("!" <= c <= "~" and not c.isalnum())}
         return "".join(f" {c} " if c in marks else c for c in plain).split()
 
     def split_word(self, word: str) -> list[int]:
-        """Return the id of the longest piece the word begins with, then those of the rest."""
+        """Return the id of the longest piece the word begins with, then those of the rest. Words of
+        more than 100 characters are unknown."""
         pieces, start = [], 0
         while start < len(word):
             prefix = "##" if start else ""
             ends = range(len(word), start, -1)
             end = next((e for e in ends if prefix + word[start:e] in self.ids), None)
-            if end is None or len(word) > MAX_WORD:
+            if end is None or len(word) > 100:
                 return [self.unknown_id]
             pieces.append(self.ids[prefix + word[start:end]])
             start = end
@@ -191,104 +169,82 @@ class CLIPTokenizer(Tokenizer):
 
     special = ("<|startoftext|>", "<|endoftext|>")
 
-    def __init__(
-        self, merges: Sequence[tuple[str, str]], max_length: int = 77, pad_id: int | None = None
-    ):
-        super().__init__(max_length)
+    def __init__(self, merges: Sequence[tuple], max_length: int = 77, pad_id: int | None = None):
         symbols = [*BYTES.values(), *(symbol + "</w>" for symbol in BYTES.values())]
-        symbols += [first + second for first, second in merges]
-        self.ids = {symbol: i for i, symbol in enumerate([*symbols, *self.special])}
+        symbols += [first + second for first, second in merges] + [*self.special]
+        self.ids = {symbol: i for i, symbol in enumerate(symbols)}
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
         self.start_id, self.end_id = (self.ids[token] for token in self.special)
         self.pad_id = self.end_id if pad_id is None else pad_id
-        self.vocab_size = len(symbols) + 2
-        self.cache: dict[str, list[int]] = {}
+        self.vocab_size, self.max_length = len(symbols), max_length
 
     @classmethod
-    def load(
-        cls,
-        path: str | Path | None = None,
-        max_length: int = 77,
-        pad_id: int | None = None,
-        vocab_size: int | None = None,
-    ) -> "CLIPTokenizer":
-        """Load CLIP's own merges, or a merges.txt, the one in a folder, or a tokenizer.json; only
-        as many merges as `vocab_size` has room for. Raises ValueError if there are no merges.
-
-        A vocab.json beside it is not read: it repeats what follows from the merges.
-        """
-        path = Path(path or VOCAB / "clip_merges.txt.gz")
-        path = path / "merges.txt" if path.is_dir() else path
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        lines = data.decode("utf-8").split("\n")
-        lines = lines[lines[0].startswith("#version") :]
+    def load(cls, path: Path | None = None, vocab_size: int = 49408, **options) -> "CLIPTokenizer":
+        """Load CLIP's own merges, or those in a merges.txt or tokenizer.json, as many of them as
+        `vocab_size` has room for. A vocab.json is not read: it follows from the merges."""
+        path = path or VOCAB / "clip_merges.txt.gz"
+        opener = gzip.open if path.suffix == ".gz" else open
+        with opener(path, "rt", encoding="utf-8") as file:
+            text = file.read()
         if path.suffix == ".json":
-            pairs = json.loads(data)["model"]["merges"]
-            lines = [pair if isinstance(pair, str) else " ".join(pair) for pair in pairs]
-        merges = [tuple(line.split()) for line in lines if line]
-        if any(len(pair) != 2 for pair in merges):
-            raise ValueError(f"not a list of merges, two symbols a line: {path}")
-        limit = None if vocab_size is None else max(0, vocab_size - 2 * len(BYTES) - 2)
-        return cls(merges[:limit], max_length, pad_id)
+            pairs = json.loads(text)["model"]["merges"]  # "a b", in newer files ["a", "b"]
+        else:
+            pairs = [line for line in text.split("\n") if line and not line.startswith("#version")]
+        merges = [tuple(pair.split() if isinstance(pair, str) else pair) for pair in pairs]
+        return cls(merges[: vocab_size - 2 * len(BYTES) - 2], **options)
 
     @staticmethod
-    def split(text: str) -> Iterator[str]:
-        """Yield lower-case words. Each digit is a word."""
+    def split(text: str) -> list[str]:
+        """Return lower-case words. Each digit is a word."""
         # Trap: character by character, since str.lower turns a capital sigma at the end into ς.
-        for word in CLIP_WORDS.findall("".join(c.lower() for c in nfc(text))):
-            # A digit is of Unicode's class N: isnumeric() is true also for ideographs such as 一,
-            # which are letters.
-            for digit, run in groupby(word, lambda c: c.isnumeric() and not c.isalpha()):
-                chars = list(run)
-                yield from chars if digit else ["".join(chars)]
+        lower = [c.lower() for c in text]
+        # A digit is of Unicode's class N: isnumeric() is true also for ideographs such as 一, which
+        # are letters.
+        spaced = [f" {c} " if c.isnumeric() and not c.isalpha() else c for c in lower]
+        return CLIP_WORDS.findall("".join(spaced))
 
     def split_word(self, word: str) -> list[int]:
         """Return the ids of a word: its bytes, of which the pair that ranks first is joined until
         no pair is left."""
-        if word not in self.cache:
-            parts = [BYTES[b] for b in word.encode("utf-8")]
-            parts[-1] += "</w>"
-            while pairs := [pair for pair in pairwise(parts) if pair in self.ranks]:
-                best, joined = min(pairs, key=self.ranks.__getitem__), []
-                for part in parts:
-                    if joined and (joined[-1], part) == best:
-                        joined[-1] += part
-                    else:
-                        joined.append(part)
-                parts = joined
-            self.cache[word] = [self.ids[part] for part in parts]
-        return self.cache[word]
+        parts = [BYTES[b] for b in word.encode("utf-8")]
+        parts[-1] += "</w>"
+        while pairs := [pair for pair in pairwise(parts) if pair in self.ranks]:
+            best, joined = min(pairs, key=self.ranks.__getitem__), []
+            for part in parts:
+                if joined and (joined[-1], part) == best:
+                    joined[-1] += part
+                else:
+                    joined.append(part)
+            parts = joined
+        return [self.ids[part] for part in parts]
 
 
 # ----------------------------------------------------------------------------- weights in prompts
 
-# They are read as in AUTOMATIC1111's web UI. (Paper, appendix G: "prompt re-weighting" turns down a
-# word that takes over the prompt.)
+# As in AUTOMATIC1111's web UI; `LatentDiffusion.encode_prompts` applies them. (Paper, appendix G:
+# "prompt re-weighting" turns down a word that takes over the prompt.)
 #     a (word)       1.1 times as strong          a [word]      weaker by the same factor
 #     a (word:1.3)   1.3 times; brackets nest     a \(word\)    plain brackets
 #     BREAK          the next chunk of 75 tokens begins here
 # ComfyUI's "embedding:cat", or "embedding:cat.pt", is the word cat or <cat>.
-# `LatentDiffusion.encode_prompts` applies the weights to the text encoder's output.
-BRACKET = 1.1
+FACTORS = {")": 1.1, "]": 1 / 1.1}
 PROMPT_PARTS = (
     r"|(?P<network><(?:lora|lyco|hypernet):[^<>]*>)"  # A1111's call of another network
     r"|(?P<name>\bembedding:[^\s,:()\[\]]+|<[^<>\s]+>)"
     r"|(?P<escaped>\\[()\[\]\\]?)"  # a bracket or backslash; any other backslash is dropped
     r"|(?P<open>[(\[])|(?P<end>(?::\s*[^\s\\()\[\]:|]+\s*)?[)\]])"  # ":1.2)", or just ")"
-    r"|(?P<BREAK>\bBREAK\b)|(?P<text>(?s:.))"
+    r"|(?P<text>(?s:.))"
 )
-Pieces = list[tuple[str | None, float]]  # texts, None for BREAK, with their weights
 
 
-def split_weights(prompt: str, words: Collection[str] = ()) -> Pieces:
-    """Return the pieces of a prompt, each with its weight, brackets and escapes resolved.
+def split_weights(prompt: str, words: Collection[str] = ()) -> list[tuple[str, float]]:
+    """Return the pieces of a prompt with their weights. `words`, the learnt ones, are read before
+    all else. Warns of what is not supported. Raises ValueError for a weight that is not a number.
 
     An open bracket that is never closed reaches to the end; one that only closes is plain text.
-    words: the learnt words, which are read before all else. Warns of what is not supported. Raises
-    ValueError for a weight that is not a number or too large.
     """
-    pieces: Pieces = []
-    opened: dict[str, list[int]] = {"(": [], "[": []}  # indices in `pieces` where each begins
+    pieces: list[tuple[str, float]] = []
+    opened: dict[str, list[int]] = {end: [] for end in FACTORS}  # where in `pieces` they begin
 
     def close(bracket: str, factor: float) -> None:
         first = opened[bracket].pop()
@@ -296,48 +252,50 @@ def split_weights(prompt: str, words: Collection[str] = ()) -> Pieces:
 
     for match in re.finditer(f"(?P<word>{any_of(words)}){PROMPT_PARTS}", nfc(prompt)):
         part, kind = match[0], match.lastgroup
-        bracket = {")": "(", "]": "["}.get(part[-1])
         if kind == "open":
-            opened[part].append(len(pieces))
-        elif kind == "end" and opened[bracket]:
-            inside = "".join(text or "" for text, _ in pieces[opened[bracket][-1] :])
+            opened[")" if part == "(" else "]"].append(len(pieces))
+        elif kind == "end" and opened[part[-1]]:
+            inside = "".join(text for text, _ in pieces[opened[part[-1]][-1] :])
             text, factor = bracket_end(inside, part, words)
             pieces.append((text, 1.0))
-            close(bracket, factor)
+            close(part[-1], factor)
         else:
             pieces.append((plain_text(part, kind, words), 1.0))
-    for bracket, factor in (("(", BRACKET), ("[", 1 / BRACKET)):
+    for bracket, factor in FACTORS.items():
         while opened[bracket]:
             close(bracket, factor)
-    if not all(math.isfinite(weight) for _, weight in pieces):
-        raise ValueError(f"{prompt[:80]!r}: a weight is too large; the useful ones are 0.5 to 1.5")
-    runs = groupby(pieces, key=lambda piece: (piece[0] is None, piece[1]))
-    return [(None if end else "".join(t for t, _ in run), weight) for (end, weight), run in runs]
+    runs = groupby(pieces, key=lambda piece: piece[1])
+    return [("".join(text for text, _ in run), weight) for weight, run in runs]
 
 
 def bracket_end(inside: str, end: str, words: Collection[str]) -> tuple[str, float]:
-    """Return the text and the factor of a bracket's end: "", 1.2 for ":1.2)", but ":D", 1.1 for
-    ":D)". inside: the text in the bracket.
+    """Return the text and the factor of a bracket's end, after the text `inside`: "", 1.2 for
+    ":1.2)", but ":D", 1.1 for ":D)".
 
     Raises ValueError for what is meant as a weight but is not a number: digits with a comma or
     several points, unless they follow another number, or what follows a learnt word and a colon.
     """
     given = end[1:-1].strip()
     number = re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", given)
-    if end[-1] == "]":
-        if number or "|" in inside:
-            note = "is not supported; it is read as plain text in a bracket"
-            warnings.warn(f"[{inside}{end} {note}")
-        return end[:-1], 1 / BRACKET
     digits = re.fullmatch(r"[+-]*[\d.,]*\d[\d.,]*", given) and not re.search(r"\b[\d.,]+$", inside)
     follows = re.search(f"({any_of(words)}|>)$", inside) and re.match(r":\S*\w", end)
-    if not number and (digits or follows):
+    if end[-1] == "]":
+        if number or "|" in inside:
+            warnings.warn(f"[{inside}{end} is not supported; it is read as plain text in a bracket")
+    elif number:
+        return "", float(given)
+    elif digits or follows:
         raise ValueError(f"({inside[-60:]}{end}: {given!r} is no weight; write (word:1.2)")
-    return ("", float(given)) if number else (end[:-1], BRACKET)
+    return end[:-1], FACTORS[end[-1]]
 
 
-def plain_text(part: str, kind: str, words: Collection[str]) -> str | None:
-    """Return the text of one part of a prompt, None for BREAK. Warns of unknown words."""
+def plain_text(part: str, kind: str, words: Collection[str]) -> str:
+    """Return the text of one part of a prompt. Warns of unknown words and of other networks."""
+    if kind == "escaped":
+        return part[1:]
+    if kind == "network":
+        warnings.warn(f"{part} is not supported; it is left out of the prompt")
+        return ""
     if kind == "name":
         names = {name: word for word in words for name in (word.strip("<>"), word)}
         name = part.removeprefix("embedding:")
@@ -345,11 +303,10 @@ def plain_text(part: str, kind: str, words: Collection[str]) -> str | None:
             return word
         known = ", ".join(words) or "none"
         warnings.warn(f"{part} is no learnt word (known: {known}); it is read as plain text")
-    elif kind == "network":
-        warnings.warn(f"{part} is not supported; it is left out of the prompt")
-    return {"network": "", "BREAK": None, "escaped": part[1:]}.get(kind, part)
+    return part
 
 
 def without_weights(prompt: str, words: Collection[str] = ()) -> str:
-    """Return the prompt's text without brackets and weights."""
-    return "".join(" " if text is None else text for text, _ in split_weights(prompt, words))
+    """Return the prompt's text without brackets, weights and BREAK."""
+    text = "".join(text for text, _ in split_weights(prompt, words))
+    return re.sub(r"\bBREAK\b", " ", text)

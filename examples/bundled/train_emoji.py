@@ -46,7 +46,7 @@ from models.clip import (  # noqa: E402
     VisionConfig,
 )
 from models.schedule import Schedule  # noqa: E402
-from models.tokenizers import BERT_SPECIAL, WordPieceTokenizer  # noqa: E402
+from models.tokenizers import WordPieceTokenizer  # noqa: E402
 from models.unet import UNet, UNetConfig  # noqa: E402
 
 AUTOENCODER = AutoencoderConfig(widths=(16, 32, 64), num_res_blocks=1, norm_groups=4)
@@ -68,7 +68,7 @@ def vocabulary() -> list[str]:
     """Special tokens, the words of the captions, and letters from which any word can be spelt."""
     signs = list("abcdefghijklmnopqrstuvwxyz0123456789") + list("!\"#$%&'()*+,-./:;<=>?@[]^_`{|}~")
     pieces = [f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz0123456789"]
-    return list(dict.fromkeys([*BERT_SPECIAL, *signs, *pieces, *words()]))
+    return list(dict.fromkeys([*WordPieceTokenizer.special, *signs, *pieces, *words()]))
 
 
 # ------------------------------------------------------------------------------------ optimizer
