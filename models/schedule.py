@@ -133,8 +133,8 @@ class Schedule:
     def ddim_sample(self, predict: Callable, x: Tensor, steps: int, eta=0.0, draw=None) -> Iterator:
         """Yield x (B, ...) after each step of DDIM, from noise to a clean x.
 
-        predict(x_t, t (B,)) returns the model's prediction. eta is 0 to 1, and draw() returns
-        standard noise if it is not 0. eta 1 is DDPM; Euler ancestral has other timesteps only.
+        predict(x_t, t (B,)) returns the model's prediction. eta is 0 to 1; above 0, each step calls
+        draw() for noise like x. eta 1 is DDPM; Euler ancestral differs only in its timesteps.
         """
         for t, t_prev in self.ddim_pairs(steps):
             prediction = predict(x, torch.full((len(x),), t, device=x.device))
@@ -157,8 +157,8 @@ class Schedule:
         Each step is DDIM's (with eta, DPM-Solver++(2M) SDE's) with another x_0: extrapolated from
         the last two predictions to the middle of the step in log sigma. Noise levels sigma =
         sqrt((1 - a) / a) are even in sigma^(1/7) [6, eq. 5]. Trap: with zero_snr or cosine betas,
-        the first sigma is (nearly) infinite, a_t at least 2^-24, and most levels would be noise
-        alone. There the timesteps are DDIM's.
+        the first sigma is (nearly) infinite, and most levels would be noise alone. There the
+        timesteps are DDIM's, and a_t is at least 2^-24.
         """
         times = self.ddim_timesteps(steps)  # raises for steps out of range
         table = (1 / self.alphas_cumprod.clamp(min=2**-24) - 1).sqrt()

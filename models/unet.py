@@ -28,7 +28,7 @@ class UNetConfig:
     heads: int | None = 8  # attention heads in LDM and SD 1; None: `head_width` tells
     head_width: int | None = None  # channels per attention head, 64 in SD 2 and SDXL
     norm_groups: int = 32  # fewer in the narrow bundled model
-    linear_projection: bool = False  # proj_in and proj_out as SD 2 and SDXL store them
+    linear_projection: bool = False  # linear proj_in and proj_out, not 1x1 convolutions: SD 2, SDXL
     vector_dim: int = 0  # width of SDXL's pooled text and embedded sizes, 2816; 0: it has none
     factor: int = 8  # pixels per latent along each side, for SDXL's sizes
 
@@ -162,7 +162,7 @@ class UNet(nn.Module):
         if config.vector_dim:
             self.label_emb = nn.Sequential(embed(config.vector_dim))
         self.input_blocks = nn.ModuleList([Block(conv3x3(config.channels, widths[0]))])
-        skips = [widths[0]]
+        skips = [widths[0]]  # channels of the input blocks, which the output blocks read too
         for level, width in enumerate(widths):
             for _ in range(config.num_res_blocks):
                 self.input_blocks.append(block(skips[-1], level))
