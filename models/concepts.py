@@ -90,8 +90,7 @@ class Concept:
         """Write the word to a file, all or nothing.
 
         format: one of `FORMATS`, by default diffusers' for .safetensors, A1111's for .pt and .png.
-        picture: the one to write into a .png. Raises ValueError if the file exists or cannot be
-        written.
+        picture: what carries the word in a .png. Raises ValueError if the file cannot be written.
         """
         content = encode_concept(self, format, Path(path).suffix, picture)
         files.write_file(path, content, overwrite)
@@ -101,8 +100,7 @@ def load_concept(path: str | Path) -> Concept:
     """Return the word of a file with one word; `load_concepts` reads files with several."""
     concepts = load_concepts(path)
     if len(concepts) > 1:
-        names = ", ".join(concept.placeholder for concept in concepts)
-        raise ValueError(f"{path} holds {len(concepts)} words ({names}); use load_concepts")
+        raise ValueError(f"{path} holds {len(concepts)} words; use load_concepts")
     return concepts[0]
 
 
@@ -117,12 +115,8 @@ def load_concepts(path: str | Path) -> list[Concept]:
     with files.checking(path, EXPECTED):
         opened = [open_word(file) for file in both_files(path)]
         content, metadata, _ = opened[0]
-        tables = [tensors_of_words(table, name) for table, _, name in opened]
-        words = {}
-        for key in tables[0]:
-            words[key] = torch.cat([checked(key, half) for t in tables for half in t[key]], dim=1)
-        if not words:
-            raise ValueError("no vectors")
+        halves = [words_of(table, name) for table, _, name in opened]
+        words = {key: torch.cat([half[key] for half in halves], dim=1) for key in halves[0]}
         for ours, theirs in A1111_KEYS.items():
             if isinstance(value := content.get(theirs), (int, str)) and value != "":
                 metadata[ours] = str(value)
@@ -197,28 +191,31 @@ def open_word(path: Path) -> tuple[dict, dict[str, str], str]:
     return content, {}, str(content.get("name") or path.stem)
 
 
-def tensors_of_words(content: dict, name: str) -> dict[str, list[Tensor]]:
-    """Return the tensors of each word, two for SDXL; `name` is for a word that has none there."""
+def words_of(content: dict, name: str) -> dict[str, Tensor]:
+    """Return the vectors (V, D) of each word; `name` is for a word that has none there."""
     table = content.get("string_to_param", content.get("state_dict", content))
     if isinstance(table, files.Stub):  # a ParameterDict, of any torch
         table = table.state["_parameters"]
     tensors = files.tensors_in(table)
     if "string_to_param" in content and "name" in content and len(tensors) == 1:
-        return {name: [*tensors.values()]}  # A1111's string is always "*", whatever the word
+        return {name: checked(name, *tensors.values())}  # A1111's string is always "*"
     words: dict[str, dict[bool, Tensor]] = {}
     for key, tensor in tensors.items():
         if match := PART.fullmatch(key):
-            words.setdefault(match[1] or name, {})[match[2] in SECOND] = tensor
+            words.setdefault(match[1] or name, {})[match[2] in SECOND] = checked(key, tensor)
     if words:
         if any(re.search(LORA, key) for key in tensors):
             warnings.warn(f"{', '.join(words)}: read without the LoRA that is in the same file")
         if not all(False in halves for halves in words.values()):
             raise CheckpointError("half of a word for SDXL, which needs clip_l and clip_g")
-        return {name: [halves[i] for i in sorted(halves)] for name, halves in words.items()}
+        # False, the first half, comes before True.
+        return {n: torch.cat([h[i] for i in sorted(h)], dim=1) for n, h in words.items()}
     for pattern, what in REFUSED.items():
         if any(re.search(pattern, str(key)) for key in table):
             raise CheckpointError(what)
-    return {key: [tensor] for key, tensor in tensors.items()}
+    if not tensors:
+        raise ValueError("no vectors")
+    return {key: checked(key, tensor) for key, tensor in tensors.items()}
 
 
 def checked(name: str, tensor: Tensor) -> Tensor:
