@@ -4,9 +4,9 @@ The paper's code: a pickled {"string_to_token", "string_to_param": ParameterDict
 A1111: the same with a plain dict, "name", "step" and the base model; or that as JSON in a picture.
 diffusers: {placeholder: (V, D) or (D,)}, several vectors also as `name`, `name_1`, `name_2`, ...
 kohya, ComfyUI, InvokeAI: {"emb_params": (V, D)}. OneTrainer: {"emp_params": (V, D)}, spelt so.
-SDXL: {"clip_l": (V, 768), "clip_g": (V, 1280)} everywhere, in any container; "clip_l" alone is a
-word of Stable Diffusion 1. diffusers' script writes two files, learned_embeds.safetensors and
-learned_embeds_2.safetensors. Here such a word is one (V, 768 + 1280).
+SDXL: {"clip_l": (V, 768), "clip_g": (V, 1280)} in any container, or in two files of diffusers'
+script, learned_embeds and learned_embeds_2; here one (V, 768 + 1280). "clip_l" alone is a word of
+Stable Diffusion 1.
 A LoRA may hold words in any of these layouts: {"bundle_emb.NAME.emb_params": (V, D)}.
 
 The content of a file decides on its format, not its suffix. Nothing in it can run (files.py).
@@ -92,8 +92,7 @@ class Concept:
         format: one of `FORMATS`, by default diffusers' for .safetensors, A1111's for .pt and .png.
         picture: what carries the word in a .png. Raises ValueError if the file cannot be written.
         """
-        content = encode_concept(self, format, Path(path).suffix, picture)
-        files.write_file(path, content, overwrite)
+        files.write_file(path, encode_concept(self, format, Path(path).suffix, picture), overwrite)
 
 
 def load_concept(path: str | Path) -> Concept:

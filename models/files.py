@@ -1,8 +1,7 @@
 """Tensors out of files, and files that are written all or nothing.
 
-PyTorch and safetensors do the reading: `torch.load(weights_only=True)` builds containers and
-tensors and calls nothing else. Tensors are mapped: the file is read where they are used, and what
-is written into them stays in memory (copy on write). While they are in use, replace the file by
+PyTorch and safetensors read: `torch.load(weights_only=True)` builds containers and tensors and
+calls nothing else. Tensors are mapped, copy on write. While they are in use, replace their file by
 renaming another, as `write_file` does, never by writing into it.
 """
 
@@ -154,8 +153,7 @@ def unpickle(path: Path, file: BinaryIO, limit: int | None) -> object:
     names = get_unsafe_globals_in_checkpoint(file)
     file.seek(0)
     with safe_globals([(Stub, name) for name in names]):
-        source = path if mapped else file
-        return torch.load(source, map_location="cpu", mmap=mapped, weights_only=True)
+        return torch.load(path if mapped else file, "cpu", mmap=mapped, weights_only=True)
 
 
 def without_code(source: BinaryIO) -> io.BytesIO:

@@ -121,11 +121,8 @@ class Run:
         return self.out.with_name(f"{self.stem}.{ending}")
 
     def look(self, resume: bool, overwrite: bool) -> dict[str, Tensor] | None:
-        """Return the state to continue from, or None at the beginning. Writes nothing.
-
-        Raises ValueError if files that are not this run's would be lost, or if a setting differs
-        from what the run began with; the number of steps may.
-        """
+        """Return the state to continue from, or None at the beginning. Raises ValueError if another
+        run's files would be lost, or if a setting differs that this run began with."""
         if resume and self.path("json").exists():
             self.check_settings()
             if self.path("state").exists():
@@ -178,9 +175,8 @@ class Run:
     def follow(self, states: Iterator, save_every: int, preview_every: int, preview: Callable):
         """Train, and keep word, table, state and previews up to date; return the last State.
 
-        states: the iterator of `textinv.train`. preview(state) draws a picture, every
-        `preview_every` steps (0: never). Ctrl-C ends the run after the current step, with
-        everything saved.
+        states: of `textinv.train`. preview(state) draws a picture, every `preview_every` steps (0:
+        never). Ctrl-C ends the run after the current step, with everything saved.
         """
         state, steps = None, self.settings["steps"]
         progress = tqdm(states, total=steps, initial=len(self.rows), unit="step")
