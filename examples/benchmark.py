@@ -27,7 +27,7 @@ from torch.utils import flop_counter
 import textinv
 from models.autoencoder import Autoencoder, AutoencoderConfig
 from models.bert import BertConfig, BertTextEncoder
-from models.checkpoint import best_device, best_dtype
+from models.checkpoint import best_dtype, find_device
 from models.clip import CLIPTextEncoder, TextConfig
 from models.latent_diffusion import LatentDiffusion
 from models.runs import peak_memory
@@ -80,7 +80,7 @@ def count_flops(work: Callable[[], object]) -> int:
 
 def measure(args: argparse.Namespace) -> dict:
     """Return one column of the table."""
-    device = torch.device(args.device) if args.device else best_device()
+    device = find_device(args.device)
     dtype = textinv.PRECISIONS.get(args.precision) or best_dtype(device)
     (name,) = args.models
     file = args.files / f"{name}.safetensors" if name in FULL_SIZE else None

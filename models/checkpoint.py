@@ -1,15 +1,13 @@
-"""Public checkpoints to models: the families and what tells them apart, sizes, strict loading.
+"""Public checkpoints to models: the families and what tells them apart, strict loading.
 
 files.py reads tensors, naming.py gives them our names and sizes.py finds the sizes of the networks.
-Here the family is found from the names, and the tensors fill modules that were built of those
-sizes: every key must match.
+Here the names tell the family, and the tensors fill modules of those sizes: every key must match.
 """
 
 import hashlib
 import json
 import re
 import warnings
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -17,8 +15,8 @@ from torch import nn
 
 from . import files, naming
 from .autoencoder import Autoencoder
-from .bert import BertConfig, BertTextEncoder
-from .clip import CLIP, CLIPConfig, CLIPTextEncoder, SDXLTextEncoder, TextConfig
+from .bert import BertTextEncoder
+from .clip import CLIP, CLIPConfig, CLIPTextEncoder, SDXLTextEncoder
 from .concepts import MAX_VECTORS, load_concepts
 from .files import EXPECTED, CheckpointError, checking, contents, open_state, some
 from .latent_diffusion import LatentDiffusion
@@ -29,16 +27,17 @@ from .sizes import autoencoder_config, bert_config, text_config, unet_config, vi
 from .tokenizers import CLIPTokenizer, WordPieceTokenizer
 from .unet import UNet
 
-FAMILIES = ("ldm", "sd1", "sd2", "sdxl")
 BUNDLED = Path(__file__).parent / "emoji"
 CONFIG = "config.json"
 BERT_VOCAB = Path(__file__).parent / "vocab" / "bert-base-uncased.txt"
 # For SDXL, whose steps cost eight times those of Stable Diffusion 1. The published recipes of
 # diffusers and of invoke-training agree on this rate per step and on showing 2,000 pictures.
 SDXL = dict(steps=2000, batch_size=1, lr=0.002, guidance_scale=5.0)
-SAME = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "steps_offset")
-SCHEDULER = {name: name for name in SAME}  # diffusers' names of the arguments of `Schedule`
-SCHEDULER |= dict(num_train_timesteps="length", rescale_betas_zero_snr="zero_snr")
+# What is not as in Stable Diffusion 1, whose values are the defaults of LatentDiffusion.
+FAMILIES = dict(ldm=dict(size=256), sd1={}, sd2={})
+FAMILIES["sdxl"] = dict(size=1024, scale_factor=0.13025, defaults=SDXL)
+# Arguments of `Schedule` that diffusers calls otherwise.
+SCHEDULER = dict(num_train_timesteps="length", rescale_betas_zero_snr="zero_snr")
 SCHEDULER |= dict(timestep_spacing="spacing")
 REFUSED = {  # a key in it: what the file is then
     r"lora_|.*\.(lora|hada|lokr)_": "a LoRA, which changes a model and is none",
@@ -50,13 +49,14 @@ REFUSED = {  # a key in it: what the file is then
 }
 # Tensors that some programs leave in a file and that no model here needs.
 NEEDLESS = re.compile(
-    r"(.*\.)?(position_ids|logit_scale|text_projection(\.weight)?|num_batches_tracked)$"
-    r"|visual_projection\.|vision_model\.|visual\.|(.*\.)?to_logits\.|loss\.|(.*[._])?(lora|optimizer)[._]"
+    r"(.*\.)?(position_ids|logit_scale|text_projection[\w.]*|attn_mask|input_resolution"
+    r"|context_length|vocab_size)$|visual_projection\.|vision_model\.|(.*\.)?to_logits\.|loss\."
+    r"|(.*[._])?(lora|optimizer)[._]"
 )
 
 # ------------------------------------------------------------------------------ what a file says
-# Each reader below returns the tensors of "unet", "autoencoder" and "text" under our names, and the
-# arguments of `assemble` that the file, or what lies beside it, tells.
+# `read_single_file` and `read_folder` return the tensors of "unet", "autoencoder" and "text" under
+# our names, and arguments of `assemble`.
 
 
 def find_family(state: Tensors) -> str:
@@ -82,61 +82,46 @@ def find_family(state: Tensors) -> str:
 
 
 def read_single_file(path: Path, family: str | None) -> tuple[dict[str, Tensors], dict]:
-    """LDM's or Stable Diffusion's own layout. EMA copies (`model_ema.`), the schedule's buffers
-    and training leftovers are passed over, as in the original inference configuration."""
-    state = open_state(path)
+    """Read LDM's or Stable Diffusion's own layout. EMA copies (`model_ema.`) and what training left
+    are passed over, as in the original inference configuration."""
+    state, config = read_component(path)
     if any(key.startswith("edm_") for key in state):
         raise CheckpointError(f"a model trained as EDM, which is not supported; {EXPECTED}")
     family = family or find_family(state)
     beside = files.settings_beside(path)
     number = {k: int(v) for k, v in beside.items() if v.isdigit()}
-    known = dict(family=family, name=path.name, prediction=beside.get("parameterization"))
-    known["short_hash"] = files.short_hash(path)
-    # Fine-tunes say by empty tensors with these names what they are.
-    known["schedule"] = dict(zero_snr="ztsnr" in state)
-    known["prediction"] = "v" if "v_pred" in state else known["prediction"]
-    if "num_head_channels" in number:
-        known["attention"] = dict(heads=None, head_width=number["num_head_channels"])
-    elif "num_heads" in number:
-        known["attention"] = dict(heads=number["num_heads"])
-    heads = number.get("num_attention_heads"), number.get("heads")  # CLIP's, open_clip's
-    known["text_heads"] = heads if family == "sdxl" else heads[0] or heads[1]
+    heads = dict(heads=number.get("num_heads"), head_width=number.get("num_head_channels"))
+    known = dict(
+        family=family,
+        name=path.name,
+        short_hash=files.short_hash(path),
+        # Fine-tunes say by empty tensors with these names what they are.
+        prediction="v" if state.keys() & {"v_pred", "ztsnr"} else beside.get("parameterization"),
+        schedule=dict(zero_snr="ztsnr" in state),
+        unet=heads if any(heads.values()) else {},
+        vocabulary=first_of(path.with_name("vocab.txt"), BERT_VOCAB) if family == "ldm" else None,
+        text_settings=(number, dict(num_attention_heads=number.get("heads"))),
+    )
+    if "norm_groups" in config:  # a small LDM such as the bundled one
+        known |= {key: config[key] for key in ("name", "size", "prediction", "defaults")}
+        known["unet"] = dict(heads=config["heads"], norm_groups=config["norm_groups"][0])
+        known["autoencoder"] = dict(norm_groups=config["norm_groups"][1])
     text = part(state, "cond_stage_model.") or part(state, "conditioner.embedders.0.")
-    if family == "ldm":
-        vocabulary = path.with_name("vocab.txt")
-        known["vocabulary"] = vocabulary if vocabulary.is_file() else None
-    elif family == "sdxl":
-        text = naming.text_from_sdxl(part(state, "conditioner.embedders."))
-    else:
-        open_clip = part(text, "model.")
-        text = naming.clip_from_openai(open_clip) if open_clip else part(text, "transformer.")
-        text = naming.text_from_transformers(text)
+    if family == "sdxl":
+        second = part(state, "conditioner.embedders.1.model.")
+        text = naming.side_by_side(part(text, "transformer."), second)
+    elif family != "ldm":
+        text = naming.clip_to_transformers(part(text, "model.") or part(text, "transformer."))
     if family == "sd2":
         text = naming.text_up_to_penultimate(text, number.get("layers"))
     unet = part(state, "model.diffusion_model.")
-    autoencoder = naming.vae_attention(part(state, "first_stage_model."))
-    for ending in ("safetensors", "pt", "ckpt"):
-        file = path.with_name(f"{path.stem}.vae.{ending}")
-        if not autoencoder and file.is_file():
-            warnings.warn(f"{path} has no autoencoder; {file.name} beside it is taken")
-            autoencoder, _ = read_autoencoder(file)
+    autoencoder = naming.autoencoder_from_diffusers(part(state, "first_stage_model."))
     return dict(unet=unet, autoencoder=autoencoder, text=text), known
 
 
-def read_autoencoder(path: Path) -> tuple[Tensors, dict]:
-    """Return the tensors and settings of an autoencoder by itself: a file in either layout, or a
-    folder as diffusers writes it."""
-    expected = "expected an autoencoder: a file, or a vae folder in the diffusers layout"
-    with checking(path, expected):
-        path = path / "vae" if (path / "vae").is_dir() else path
-        config = read_json(path.with_name(CONFIG))
-        state, config = read_component(path) if path.is_dir() else (open_state(path), config)
-        state = part(state, "first_stage_model.") or state
-        if "post_quant_conv.weight" not in state:
-            raise CheckpointError(f"no autoencoder, found {some(state)}; {expected}")
-        diffusers = any("_blocks." in key for key in state)
-        rename = naming.autoencoder_from_diffusers if diffusers else naming.vae_attention
-        return rename(state), config
+def first_of(*paths: Path) -> Path | None:
+    """The first of the paths that is a file."""
+    return next((path for path in paths if path.is_file()), None)
 
 
 def read_json(path: Path) -> dict:
@@ -145,107 +130,98 @@ def read_json(path: Path) -> dict:
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
-def read_component(folder: Path) -> tuple[Tensors, dict]:
-    """Return weights and config.json of one subfolder of the diffusers layout: of the first variant
-    that is there, in one file or in shards that an index names."""
+def read_component(path: Path) -> tuple[Tensors, dict]:
+    """Return weights and config.json of a file, or of a folder as diffusers writes it: of the first
+    variant that is there, in one file or in shards that an index names."""
+    if not path.is_dir():
+        return open_state(path), read_json(path.with_name(CONFIG))
     names = ("diffusion_pytorch_model", "model", "pytorch_model")
     for variant in ("", ".fp16", ".bf16", ".non_ema"):
-        for ending, name in ((e, n) for e in ("safetensors", "bin") for n in names):
-            files = [folder / f"{name}{variant}.{ending}"]
-            index = folder / f"{name}.{ending}.index{variant}.json"
-            if index.is_file():
-                shards = set(read_json(index)["weight_map"].values())
-                files = [folder / Path(shard).name for shard in sorted(shards)]
-            if files[0].is_file():
-                state = {k: v for file in files for k, v in open_state(file).items()}
-                return state, read_json(folder / CONFIG)
-    raise CheckpointError(
-        f"{folder}: no weights there, found {some(sorted(p.name for p in folder.glob('*')))}; "
-        f"expected {names[0]}.safetensors or the like, as diffusers writes it"
-    )
+        for ending in ("safetensors", "bin"):
+            found = [p for name in names if (p := path / f"{name}{variant}.{ending}").is_file()]
+            for index in path.glob(f"*.{ending}.index{variant}.json"):
+                shards = sorted(set(read_json(index)["weight_map"].values()))
+                found = [path / Path(shard).name for shard in shards]
+            if found:
+                state = {k: v for file in found for k, v in open_state(file).items()}
+                return state, read_json(path / CONFIG)
+    raise CheckpointError(f"{path}: no weights there, found {contents(path)}; {EXPECTED}")
+
+
+def read_autoencoder(path: Path) -> tuple[Tensors, dict]:
+    """Return the tensors of an autoencoder by itself, a file in either layout or a folder as
+    diffusers writes it, and the arguments of `assemble` that its config.json tells."""
+    expected = "expected an autoencoder: a file, or a vae folder in the diffusers layout"
+    with checking(path, expected):
+        state, config = read_component(path / "vae" if (path / "vae").is_dir() else path)
+        state = naming.autoencoder_from_diffusers(part(state, "first_stage_model.") or state)
+        if "post_quant_conv.weight" not in state:
+            raise CheckpointError(f"no autoencoder, found {some(state)}; {expected}")
+        known = dict(autoencoder=dict(norm_groups=config.get("norm_num_groups", 32)))
+        if "scaling_factor" in config:
+            known["scale_factor"] = float(config["scaling_factor"])
+        return state, known
 
 
 def read_folder(path: Path, family: str | None) -> tuple[dict[str, Tensors], dict]:
     """Read a folder of Stable Diffusion 1, 2 or XL as diffusers writes it."""
     if (path / "bert").is_dir():
         raise CheckpointError("LDM as diffusers stores it; take its model.ckpt, or --model ldm")
-    if "Upscale" in (kind := read_json(path / "model_index.json").get("_class_name", "")):
-        raise CheckpointError(f"an upscaler of pictures ({kind}); {EXPECTED}")
+    if not (path / "unet").is_dir():
+        kind = read_json(path / "model_index.json").get("_class_name", "no model")
+        raise CheckpointError(f"{kind}, found {contents(path)}; {EXPECTED}")
     xl = (path / "text_encoder_2").exists()
     if xl and not (path / "text_encoder").exists():
         raise CheckpointError(f"the refiner of SDXL, which is not supported; {EXPECTED}")
-    unet, config = read_component(path / "unet")
-    there = (path / "vae").is_dir()
-    autoencoder, autoencoder_config = read_autoencoder(path / "vae") if there else ({}, {})
-    text, text_config = read_component(path / "text_encoder")
-    text_config = text_config.get("text_config") or text_config  # of a whole CLIP
     scheduler = read_json(path / "scheduler" / "scheduler_config.json")
-    unet = naming.unet_from_diffusers(unet)
-    linear = unet["middle_block.1.proj_in.weight"].ndim == 2
     if (kind := str(scheduler.get("_class_name"))).startswith(("EDM", "FlowMatch")):
         raise CheckpointError(f"its scheduler is {kind}, which is not supported; {EXPECTED}")
+    unet, config = read_component(path / "unet")
+    unet = naming.unet_from_diffusers(unet)
+    autoencoder, known = read_autoencoder(path / "vae") if (path / "vae").is_dir() else ({}, {})
+    text, first = read_component(path / "text_encoder")
+    first = second = first.get("text_config") or first  # the former in a whole CLIP
+    if xl:
+        other, second = read_component(path / "text_encoder_2")
+        text = naming.side_by_side(text, other)
+    else:  # as transformers does with a file that has more layers than its configuration says
+        text = naming.clip_to_transformers(text)
+        text = naming.first_layers(text, first.get("num_hidden_layers", len(text)))
     kind = scheduler.get("prediction_type")
+    linear = unet["middle_block.1.proj_in.weight"].ndim == 2
+    schedule = {SCHEDULER.get(key, key): value for key, value in scheduler.items()}
     root = path.parent.parent  # of a repository in Hugging Face's cache
-    known = dict(
+    known |= dict(
         family=family or ("sdxl" if xl else "sd2" if linear else "sd1"),
         name=(root if root.name.startswith("models--") else path).name,
         prediction={"epsilon": "eps", "v_prediction": "v"}.get(kind, kind),
-        schedule={ours: scheduler[key] for key, ours in SCHEDULER.items() if key in scheduler},
-        text_heads=text_config.get("num_attention_heads"),
-        groups=[c.get("norm_num_groups", 32) for c in (config, autoencoder_config)],
-        scale_factor=float(autoencoder_config.get("scaling_factor", 0.13025 if xl else 0.18215)),
+        schedule={k: v for k, v in schedule.items() if k in Schedule.__dataclass_fields__},
+        unet=dict(norm_groups=config.get("norm_num_groups", 32)),
+        text_settings=(first, second),
+        vocabulary=first_of(path / "tokenizer/merges.txt", path / "tokenizer/tokenizer.json"),
     )
     # Trap: diffusers calls the number of heads `attention_head_dim`, one for all levels or a list.
     heads = config.get("num_attention_heads") or config.get("attention_head_dim")
     if isinstance(heads, list):  # SD 2: as many as there are heads of one width
         width = unet["input_blocks.0.0.weight"].shape[0] // heads[0]
-        known["attention"] = dict(heads=None, head_width=width)
+        known["unet"] |= dict(heads=None, head_width=width)
     elif heads:
-        known["attention"] = dict(heads=heads)
-    places = [path / "tokenizer" / name for name in ("merges.txt", "tokenizer.json")]
-    known["vocabulary"] = next((place for place in places if place.is_file()), None)
-    text = naming.text_from_transformers(text)
-    if not xl:  # as transformers does with a file that has more layers than its configuration says
-        text = naming.first_layers(text, text_config.get("num_hidden_layers", len(text)))
-    if xl:
-        second, config = read_component(path / "text_encoder_2")
-        text = naming.side_by_side(text, second)
-        known["text_heads"] = known["text_heads"], config.get("num_attention_heads")
+        known["unet"] |= dict(heads=heads)
     return dict(unet=unet, autoencoder=autoencoder, text=text), known
-
-
-def read_bundled(path: Path, family: str | None) -> tuple[dict[str, Tensors], dict]:
-    """A folder like that of the bundled model: an LDM with its sizes in config.json."""
-    config = read_json(path / CONFIG)
-    if "norm_groups" not in config:
-        kind = read_json(path / "model_index.json").get("_class_name", "no model")
-        raise CheckpointError(f"{kind}, found {contents(path)}; {EXPECTED}")
-    parts, known = read_single_file(path / "model.safetensors", family or "ldm")
-    known |= {key: config[key] for key in ("name", "size", "prediction", "defaults")}
-    return parts, known | dict(attention=dict(heads=config["heads"]), groups=config["norm_groups"])
 
 
 # -------------------------------------------------------------------------------------- loading
 
 
-def best_device() -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
 def find_device(name: str | torch.device | None) -> torch.device:
     """The device of that name, the best there is for None; ValueError if it is not here."""
+    here = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    name = name or next(kind for kind in here if here[kind])
     try:
-        device = best_device() if name is None else torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device {name!r} is not known; use cuda, mps or cpu") from None
-    here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available()}
-    if (device.index or 0) >= here.get(device.type, 0):
-        raise ValueError(
-            f"no device {device} here; use --device cpu, or install a torch that supports it"
-        )
-    return device
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, ImportError):
+        raise ValueError(f"no device {name} here; use cpu, or a torch that supports it") from None
+    return torch.device(name)
 
 
 def best_dtype(device: torch.device) -> torch.dtype:
@@ -264,57 +240,50 @@ def load_model(
     clip_skip: int = 1,
     vae: str | Path | None = None,
 ) -> LatentDiffusion:
-    """A text-to-image model from a public checkpoint, frozen, ready to invert and sample.
+    """Return a text-to-image model from a public checkpoint, frozen, ready to invert and sample.
 
     path: a single file (.ckpt, .safetensors), a folder in the diffusers layout, a Hugging Face
     repository ("x/y") in the local cache, an address or a published name ("sd15", "sd21", "sdxl",
     "ldm"), which are downloaded once, or None for the bundled model. device, dtype: the best there
-    are unless given; the text encoder stays in float32 whatever `dtype` is. family (one of
-    `FAMILIES`) and prediction ("eps", "v") override what the file says. clip_skip: 2 takes the
-    text from the last layer but one, as some Stable Diffusion 1 fine-tunes were trained. vae: a
-    file or folder with another autoencoder. Weights that need no conversion stay in the file,
-    mapped: replace it by renaming another, never by writing into it. Raises `CheckpointError`, a
-    ValueError, for anything but such a file.
+    are by default; the text encoder is always float32. family (one of `FAMILIES`) and prediction
+    ("eps", "v") override what the file says. clip_skip: 2 takes the text from the last layer but
+    one, as some Stable Diffusion 1 fine-tunes were trained. vae: a file or folder with another
+    autoencoder. Weights that need no conversion stay in the file, mapped: replace it by renaming
+    another, never by writing into it. Raises `CheckpointError`, a ValueError.
     """
     if family not in (None, *FAMILIES):
         raise ValueError(f"family {family!r} is not known; use {', '.join(FAMILIES)}")
-    if prediction not in (None, "eps", "v"):
-        raise ValueError(f"prediction {prediction!r} is not known; use eps or v")
     device = find_device(device)
-    dtype = dtype or best_dtype(device)
     path = find(path, "model") if path is not None else BUNDLED
     with checking(path):
         parts, known = read_checkpoint(checkpoint_in(path), family, vae)
         known["prediction"] = prediction or known["prediction"]
         if clip_skip not in ((1, 2) if known["family"] == "sd1" else (1,)):
             raise CheckpointError(f"clip skip is {clip_skip}; use 2 with some SD 1 models, else 1")
-        return assemble(parts, device, dtype, clip_skip=clip_skip, **known)
+        return assemble(parts, device, dtype or best_dtype(device), clip_skip=clip_skip, **known)
 
 
 def read_checkpoint(path: Path, family: str | None, vae: str | Path | None):
-    """Return the tensors of all networks, with another autoencoder if `vae` says so, and the
+    """Return the tensors of all networks, the autoencoder's from `vae` if it is given, and the
     arguments of `assemble` that are known."""
-    if path.name == "model.safetensors" and "norm_groups" in read_json(path.parent / CONFIG):
-        path = path.parent
-    read = read_folder if (path / "unet").is_dir() else read_bundled
     try:
-        parts, known = (read if path.is_dir() else read_single_file)(path, family)
-    except CheckpointError:
-        words = []
-        with suppress(ValueError, OSError):
-            words = [concept.placeholder for concept in load_concepts(path)]
-        if words:
-            kind = "a word; give it to --concept"
-            raise CheckpointError(f"{kind}; found {some(words)}; {EXPECTED}") from None
-        raise
+        parts, known = (read_folder if path.is_dir() else read_single_file)(path, family)
+    except CheckpointError as error:
+        try:
+            load_concepts(path)
+        except (ValueError, OSError):
+            raise error from None
+        raise CheckpointError(f"a word; give it to --concept; {EXPECTED}") from None
+    if vae is None and not parts["autoencoder"]:
+        beside = [path.with_name(f"{path.stem}.vae.{e}") for e in ("safetensors", "pt", "ckpt")]
+        if (vae := first_of(*beside)) is None:
+            raise CheckpointError(
+                f"no autoencoder; give one with --vae PATH, or as {beside[0].name}"
+            )
+        warnings.warn(f"{path} has no autoencoder; {vae.name} beside it is taken")
     if vae is not None:
-        parts["autoencoder"], config = read_autoencoder(find(vae, "vae"))
-        known["groups"] = known.get("groups", (32, 32))[0], config.get("norm_num_groups", 32)
-        if "scaling_factor" in config:
-            known["scale_factor"] = float(config["scaling_factor"])
-    elif not parts["autoencoder"]:
-        beside = f"{path.stem}.vae.safetensors"
-        raise CheckpointError(f"it has no autoencoder; give one with --vae PATH, or as {beside}")
+        parts["autoencoder"], settings = read_autoencoder(find(vae, "vae"))
+        known |= settings
     return parts, known
 
 
@@ -325,60 +294,47 @@ def assemble(
     family: str,
     prediction: str | None,
     schedule: dict,  # of how the noise grows: arguments of `Schedule`
-    attention: dict | None = None,  # the UNet's: its number of heads, or the channels in each
-    text_heads: int | tuple[int | None, int | None] | None = None,  # a pair for SDXL
-    groups: tuple[int, int] = (32, 32),  # of the UNet's and the autoencoder's GroupNorm
+    text_settings: tuple[dict, dict],  # of CLIP-L and of open_clip's encoder, see sizes.py
+    unet: dict,  # the UNet's and the autoencoder's sizes that shapes do not tell
+    autoencoder: dict = {},
     vocabulary: Path | None = None,
     **about,  # other fields of LatentDiffusion
 ) -> LatentDiffusion:
     """Build the networks, fill them with the file's tensors and put them together."""
-    if attention is None:
-        wide = family in ("sd2", "sdxl")
-        attention = dict(heads=None, head_width=64) if wide else dict(heads=8)
-    autoencoder_sizes = autoencoder_config(parts["autoencoder"], norm_groups=groups[1])
-    if family == "sdxl":
-        about = dict(scale_factor=0.13025, size=1024, defaults=SDXL) | about
-        vector_dim = parts["unet"]["label_emb.0.0.weight"].shape[1]
-        attention |= dict(vector_dim=vector_dim, factor=autoencoder_sizes.factor)
-    unet_sizes = unet_config(parts["unet"], norm_groups=groups[0], **attention)
-    # Trap: SDXL's autoencoder overflows in fp16; its pictures are black then.
-    overflows = family == "sdxl" and dtype == torch.float16
-    autoencoder_dtype = torch.float32 if overflows else dtype
-    takes, has = unet_sizes.channels, autoencoder_sizes.z_channels
+    if family in ("sd2", "sdxl"):
+        unet = dict(heads=None, head_width=64) | unet
+    vae_sizes = autoencoder_config(parts["autoencoder"], **autoencoder)
+    unet_sizes = unet_config(parts["unet"], factor=vae_sizes.factor, **unet)
+    takes, has = unet_sizes.channels, vae_sizes.z_channels
     if takes != has:
-        raise CheckpointError(
-            f"its UNet takes {takes} channels, its latents have {has}; inpainting, depth and "
-            "upscaling models are not supported"
-        )
-    text = parts["text"] if family == "ldm" else without_added_words(parts["text"], vocabulary)
-    text_encoder = load_text_encoder(family, text, text_heads, device)
-    stored = parts["unet"]["out.2.weight"].dtype
-    unet = filled(UNet, unet_sizes, parts["unet"], dtype, device)
-    model = LatentDiffusion(
-        unet,
-        filled(Autoencoder, autoencoder_sizes, parts["autoencoder"], autoencoder_dtype, device),
-        text_encoder,
-        load_tokenizer(family, text_encoder.config, vocabulary),
-        schedule_of(prediction or ("v" if schedule.get("zero_snr") else "eps"), schedule),
-        family,
-        fingerprint=fingerprint(unet),
-        stored=str(stored).removeprefix("torch."),
-        **about,
-    )
-    if family in ("sd2", "sdxl") and not prediction:  # there are both, with the same keys
-        model.schedule = schedule_of(measure_prediction(model), schedule)
-    if "size" not in about:
-        large = 768 if family == "sd2" and model.schedule.prediction == "v" else 512
-        model.size = 256 if family == "ldm" else large
-    return model
-
-
-def schedule_of(prediction: str, options: dict) -> Schedule:
-    """Return the noise schedule; `CheckpointError` for one that is not supported."""
+        found = f"its UNet takes {takes} channels, its latents have {has}"
+        raise CheckpointError(f"{found}; inpainting, depth and upscaling models are not supported")
     try:
-        return Schedule(prediction=prediction, **options)
+        noise = Schedule(prediction=prediction or "eps", **schedule)
     except ValueError as error:
         raise CheckpointError(str(error)) from None
+    tokenizer, text = load_tokenizer(family, parts["text"], vocabulary)
+    text_encoder = load_text_encoder(family, text, text_settings, device)
+    tokenizer.max_length = text_encoder.config.max_length
+    # Trap: SDXL's autoencoder overflows in fp16; its pictures are black then.
+    overflows = family == "sdxl" and dtype == torch.float16
+    vae_dtype = torch.float32 if overflows else dtype
+    model = LatentDiffusion(
+        filled(UNet, unet_sizes, parts["unet"], dtype, device),
+        filled(Autoencoder, vae_sizes, parts["autoencoder"], vae_dtype, device),
+        text_encoder,
+        tokenizer,
+        noise,
+        family,
+        stored=str(parts["unet"]["out.2.weight"].dtype).removeprefix("torch."),
+        **(FAMILIES[family] | about),
+    )
+    model.fingerprint = fingerprint(model.unet)
+    if not prediction and family in ("sd2", "sdxl"):  # there are both, with the same keys
+        noise.prediction = measure_prediction(model)
+    if family == "sd2" and noise.prediction == "v":
+        model.size = 768
+    return model
 
 
 def filled(kind: type[nn.Module], config, state: Tensors, dtype, device) -> nn.Module:
@@ -386,65 +342,53 @@ def filled(kind: type[nn.Module], config, state: Tensors, dtype, device) -> nn.M
     with torch.device("meta"):
         module = kind(config)
     wanted = module.state_dict()
-    missing = sorted(wanted.keys() - state.keys())
-    left = sorted(k for k in state.keys() - wanted.keys() if not NEEDLESS.match(k))
-    wrong = [k for k in wanted if k in state and state[k].shape != wanted[k].shape]
-    if missing or left or wrong:
-        raise CheckpointError(
-            f"not the expected {kind.__name__}: {len(missing)} keys missing "
-            f"({some(missing)}), {len(left)} not expected ({some(left)}), {len(wrong)} of another "
-            f"shape ({some(wrong)})"
-        )
+    faults = {
+        "missing": [k for k in wanted if k not in state],
+        "not expected": [k for k in state if k not in wanted and not NEEDLESS.match(k)],
+        "of another shape": [k for k in wanted if k in state and state[k].shape != wanted[k].shape],
+    }
+    if any(faults.values()):
+        found = ", ".join(f"{len(keys)} {what} ({some(keys)})" for what, keys in faults.items())
+        raise CheckpointError(f"not the expected {kind.__name__}, keys: {found}")
     # One at a time, so that memory holds no more than the module and one tensor.
     state = {k: state[k].to(dtype).contiguous().to(device) for k in wanted}
     module.load_state_dict(state, strict=True, assign=True)
     return module.eval()
 
 
-def load_text_encoder(family: str, state: Tensors, heads, device) -> nn.Module:
-    """The text encoder, float32; `heads` of CLIP's attention if they are known."""
+def load_text_encoder(family: str, state: Tensors, settings, device) -> nn.Module:
+    """Return the text encoder, float32. settings: of CLIP-L and of open_clip's encoder."""
+    clip_l, open_clip = settings[0], dict(hidden_act="gelu") | settings[1]
     if family == "ldm":
-        return filled(BertTextEncoder, bert_config(state), state, torch.float32, device)
-    if family == "sdxl":
-        first = text_config(state, heads[0], quick_gelu=True, tower="clip_l")
-        second = text_config(state, heads[1], quick_gelu=False, tower="clip_g")
-        return filled(SDXLTextEncoder, (first, second), state, torch.float32, device)
-    config = text_config(state, heads, quick_gelu=family == "sd1")
-    return filled(CLIPTextEncoder, config, state, torch.float32, device)
+        kind, config = BertTextEncoder, bert_config(state)
+    elif family == "sdxl":
+        kind = SDXLTextEncoder
+        config = text_config(state, "clip_l", clip_l), text_config(state, "clip_g", open_clip)
+    else:
+        kind = CLIPTextEncoder
+        config = text_config(state, "text_model", clip_l if family == "sd1" else open_clip)
+    return filled(kind, config, state, torch.float32, device)
 
 
-def without_added_words(text: Tensors, vocabulary: Path | None) -> Tensors:
-    """Return CLIP's text encoder without rows of its table that an earlier inversion has added.
-    Warns of them."""
-    key = next(k for k in text if k.endswith(("token_table", "token_embedding.weight")))
-    known = CLIPTokenizer.load(vocabulary).vocab_size
-    if not known < len(text[key]) <= known + MAX_VECTORS:
-        return text
-    added = read_json(vocabulary.with_name("added_tokens.json")) if vocabulary else {}
-    if vocabulary and vocabulary.suffix == ".json":  # of transformers 5
-        added |= {token["content"]: token["id"] for token in read_json(vocabulary)["added_tokens"]}
-    names = ", ".join(name for name, i in added.items() if i >= known)
-    warnings.warn(
-        f"the text encoder has {len(text[key]) - known} more words than its vocabulary"
-        f"{f' ({names})' if names else ''}; they are passed over, give their files to --concept"
-    )
-    return text | {key: text[key][:known]}
-
-
-def load_tokenizer(family: str, config: BertConfig | TextConfig, vocabulary: Path | None):
-    """The tokenizer that belongs to a text encoder; its vocabulary must have the same size."""
-    size, length = config.vocab_size, config.max_length
+def load_tokenizer(family: str, text: Tensors, vocabulary: Path | None):
+    """Return the tokenizer, and the text encoder's tensors without the rows of its table that an
+    earlier inversion has added. Warns of them."""
+    keys = dict(ldm="transformer.token_emb.weight", sdxl="token_table")
+    key = keys.get(family, "text_model.embeddings.token_embedding.weight")
     if family == "ldm":
-        tokenizer = WordPieceTokenizer.load(vocabulary or BERT_VOCAB, length)
+        tokenizer = WordPieceTokenizer.load(vocabulary)
     else:
         pad_id = 0 if family == "sd2" else None
-        tokenizer = CLIPTokenizer.load(vocabulary, size, max_length=length, pad_id=pad_id)
-    if tokenizer.vocab_size != size:
-        raise CheckpointError(
-            f"its text encoder knows {size} tokens, its vocabulary has {tokenizer.vocab_size}; "
-            "put the vocab.txt it was trained with beside it"
-        )
-    return tokenizer
+        tokenizer = CLIPTokenizer.load(vocabulary, len(text[key]), pad_id=pad_id)
+    rows, known = len(text[key]), tokenizer.vocab_size
+    if family != "ldm" and known < rows <= known + MAX_VECTORS:
+        more = f"the text encoder has {rows - known} more words than its vocabulary"
+        warnings.warn(f"{more}; they are passed over, give their files to --concept")
+        return tokenizer, text | {key: text[key][:known]}
+    if rows != known:
+        found = f"its text encoder knows {rows} tokens, its vocabulary has {known}"
+        raise CheckpointError(f"{found}; put the vocab.txt it was trained with beside it")
+    return tokenizer, text
 
 
 def measure_prediction(model: LatentDiffusion) -> str:
@@ -477,43 +421,21 @@ CLIP_EXPECTED = (
 
 
 def load_clip(path: str | Path | None = None) -> CLIP:
-    """CLIP with both towers (the paper measures with OpenAI's ViT-B/32), float32, on the CPU.
+    """Return CLIP with both towers (the paper takes OpenAI's ViT-B/32), float32, on the CPU.
 
-    path: OpenAI's published .pt, a TorchScript archive of which only the tensors are read; its
-    state_dict; model.safetensors of the layout of `transformers`, or the folder it is in, with the
-    config.json beside it; "vit-b-32", which is downloaded once; None for the bundled one. Raises
-    `CheckpointError`, a ValueError, for anything else.
+    path: OpenAI's .pt, a TorchScript archive of which only the tensors are read; its state_dict; a
+    file or folder in the layout of `transformers`; "vit-b-32", which is downloaded once; None for
+    the bundled one. Heads of 64 channels and QuickGELU are OpenAI's; others, as LAION's, must be in
+    a config.json as `transformers` writes it. Raises `CheckpointError`, a ValueError.
     """
     path = find(path, "clip") if path is not None else BUNDLED / "clip.safetensors"
     try:
         with checking(path, CLIP_EXPECTED):
-            folder = (path / CONFIG).is_file()
-            return assemble_clip(read_component(path)[0] if folder else open_state(path), path)
+            state, settings = read_component(path)
+            state = naming.clip_to_transformers(state)
+            text = text_config(state, "text_model", settings.get("text_config") or {})
+            vision = vision_config(state, settings.get("vision_config") or {})
+            config = CLIPConfig(text, vision, len(state["text_projection.weight"]))
+            return filled(CLIP, config, state, torch.float32, "cpu")
     except CheckpointError as error:
         raise CheckpointError(str(error).replace(EXPECTED, CLIP_EXPECTED)) from error
-
-
-def assemble_clip(state: Tensors, path: Path) -> CLIP:
-    """Sizes come from the shapes. The heads (64 channels each) and QuickGELU are OpenAI's unless a
-    config.json in the layout of `transformers` says otherwise, as LAION's do."""
-    settings = {}
-    if "visual.conv1.weight" in state:
-        if "input_resolution" not in state:  # a scalar of OpenAI's own files, in no state_dict
-            warnings.warn(
-                f"{path}: taken for OpenAI's CLIP, whose GELU is approximate; for one of LAION's, "
-                "give the folder with its config.json in the layout of transformers"
-            )
-        state = naming.towers_from_openai(state)
-    else:
-        settings = read_json((path if path.is_dir() else path.parent) / CONFIG)
-    for key in ("visual_projection.weight", "text_projection.weight"):
-        if key not in state:
-            raise CheckpointError(f"has no {key}, found {some(state)}; {CLIP_EXPECTED}")
-    state = {k: v for k, v in state.items() if not k.endswith("position_ids")}
-    known = [settings.get(tower) or {} for tower in ("text_config", "vision_config")]
-    heads = [tower.get("num_attention_heads") for tower in known]
-    quick_gelu = [tower.get("hidden_act", "quick_gelu") == "quick_gelu" for tower in known]
-    text = text_config(state, heads[0], quick_gelu[0])
-    vision = vision_config(state, heads[1], quick_gelu[1])
-    config = CLIPConfig(text, vision, state["text_projection.weight"].shape[0])
-    return filled(CLIP, config, state, torch.float32, "cpu")

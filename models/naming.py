@@ -1,12 +1,11 @@
 """The names of tensors in other programs' files, as our modules have them.
 
-Our modules carry the CompVis key names (text encoders of Stable Diffusion and CLIP those of
-`transformers`, which CompVis files have too), so single files load unrenamed; the diffusers layout,
-open_clip's and OpenAI's CLIP are renamed here, on whole dotted segments.
+Ours are CompVis' names, and for CLIP those of `transformers`, as in CompVis' files: single files
+load unrenamed. The names of diffusers, open_clip and OpenAI are changed by whole dotted segments.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ def part(state: Tensors, prefix: str) -> Tensors:
     return {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
 
 
-def rename(key: str, table: Mapping[str, str]) -> str:
+def rename(key: str, table: dict[str, str]) -> str:
     """The key with every run of whole dotted segments that the table knows replaced, in order."""
     dotted = f".{key}."
     for old, new in table.items():
@@ -34,140 +33,90 @@ def rename(key: str, table: Mapping[str, str]) -> str:
     return dotted[1:-1]
 
 
-UNET_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-UNET_OUTSIDE = {
-    "conv_in": "input_blocks.0.0",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-    "mid_block.resnets.0": "middle_block.0",
-    "mid_block.attentions.0": "middle_block.1",
-    "mid_block.resnets.1": "middle_block.2",
-}
-VAE_NAMES = {
-    "conv_shortcut": "nin_shortcut",
-    "conv_norm_out": "norm_out",
-    "downsamplers.0": "downsample",
-    "upsamplers.0": "upsample",
+UNET_NAMES = dict(conv_in="input_blocks.0.0", conv_norm_out="out.0", conv_out="out.2")
+UNET_NAMES |= dict(time_embedding="time_embed", add_embedding="label_emb.0")
+UNET_NAMES |= {"linear_1": "0", "linear_2": "2", "mid_block.attentions.0": "middle_block.1"}
+UNET_NAMES |= {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"}
+UNET_NAMES |= {"downsamplers.0.conv": "downsamplers.0.op"}
+RESNET_NAMES = dict(norm1="in_layers.0", conv1="in_layers.2", time_emb_proj="emb_layers.1")
+RESNET_NAMES |= dict(norm2="out_layers.0", conv2="out_layers.3", conv_shortcut="skip_connection")
+AUTOENCODER_NAMES = {
     "mid_block.resnets.0": "mid.block_1",
     "mid_block.resnets.1": "mid.block_2",
     "mid_block.attentions.0": "mid.attn_1",
-    "resnets": "block",
-}
-VAE_ATTENTION = {
-    "group_norm": "norm",
-    "to_q": "q",
-    "to_k": "k",
-    "to_v": "v",
+    "downsamplers.0": "downsample",
+    "upsamplers.0": "upsample",
     "to_out.0": "proj_out",
-    # diffusers before 0.15, and so every published Stable Diffusion folder
-    "query": "q",
-    "key": "k",
-    "value": "v",
-    "proj_attn": "proj_out",
 }
-OPEN_CLIP_LAYERS = {1024: 24, 1280: 32}  # by width: ViT-H and ViT-bigG
+AUTOENCODER_NAMES |= dict(down_blocks="down", resnets="block", conv_shortcut="nin_shortcut")
+AUTOENCODER_NAMES |= dict(conv_norm_out="norm_out", group_norm="norm", to_q="q", to_k="k", to_v="v")
+# diffusers before 0.15, and so every published Stable Diffusion folder
+AUTOENCODER_NAMES |= dict(query="q", key="k", value="v", proj_attn="proj_out")
 # open_clip's and OpenAI's names to those of `transformers`
 CLIP_NAMES = {
-    "resblocks": "layers",
-    "transformer": "encoder",
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "attn": "self_attn",
-    "c_fc": "fc1",
-    "c_proj": "fc2",
-    "token_embedding": "embeddings.token_embedding",
+    "visual.proj": "visual_projection.weight",
+    "text_projection": "text_projection.weight",
     "positional_embedding": "embeddings.position_embedding.weight",
-    "ln_final": "final_layer_norm",
+    "token_embedding": "embeddings.token_embedding",
     "class_embedding": "embeddings.class_embedding",
     "conv1": "embeddings.patch_embedding",
-    "ln_pre": "pre_layrnorm",
-    "ln_post": "post_layernorm",
 }
+CLIP_NAMES |= dict(visual="vision_model", transformer="encoder", resblocks="layers")
+CLIP_NAMES |= dict(attn="self_attn", c_fc="fc1", c_proj="fc2")
+CLIP_NAMES |= dict(ln_1="layer_norm1", ln_2="layer_norm2", ln_final="final_layer_norm")
+CLIP_NAMES |= dict(ln_pre="pre_layrnorm", ln_post="post_layernorm")
+OPEN_CLIP_LAYERS = {1024: 24, 1280: 32}  # by width: ViT-H and ViT-bigG
 
 
 def unet_from_diffusers(state: Tensors) -> Tensors:
     """CompVis counts all blocks of one way in a row; diffusers counts by level and kind."""
-    blocks = count(state, r"down_blocks\.0\.resnets\.(\d+)\.")
+    resnets = count(state, r"down_blocks\.0\.resnets\.(\d+)\.")
 
     def name(key: str) -> str:
+        key = rename(key, RESNET_NAMES) if ".resnets." in key else key
+        key = rename(key, UNET_NAMES)
         match = re.match(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)", key)
         if not match:
-            key = rename(key, UNET_OUTSIDE)
-            return rename(key, UNET_RESNET) if re.match(r"middle_block\.[02]\.", key) else key
-        way, level, kind, index, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
-        if way == "down":
-            first, side = 1 + level * (blocks + 1), "input_blocks"
-        else:
-            first, side = level * (blocks + 1), "output_blocks"
-        if kind == "resnets":
-            return f"{side}.{first + index}.0.{rename(rest, UNET_RESNET)}"
-        if kind == "attentions":
-            return f"{side}.{first + index}.1.{rest}"
-        if kind == "downsamplers":
-            return f"{side}.{first + blocks}.0.{rename(rest, {'conv': 'op'})}"
+            return key
+        way, level, kind, index, rest = match.groups()
+        side = {"down": "input_blocks", "up": "output_blocks"}[way]
+        block = int(level) * (resnets + 1) + (way == "down")
+        block += int(index) if kind in ("resnets", "attentions") else resnets
         attended = f"up_blocks.{level}.attentions.0.norm.weight" in state
-        return f"{side}.{first + blocks}.{2 if attended else 1}.{rest}"
+        layer = dict(resnets=0, attentions=1, downsamplers=0, upsamplers=1 + attended)[kind]
+        return f"{side}.{block}.{layer}.{rest}"
 
     return {name(k): v for k, v in state.items()}
 
 
 def autoencoder_from_diffusers(state: Tensors) -> Tensors:
-    """The decoder's levels are counted from the other end."""
+    """CompVis' names stay, except where other programs have renamed the attention. diffusers
+    counts the decoder's levels from the other end; 1x1 convolutions may come as matrices."""
     levels = count(state, r"decoder\.up_blocks\.(\d+)\.")
 
-    def level(match: re.Match) -> str:
-        number = int(match[2])
-        return f"{match[1]}.{number if match[1] == 'down' else levels - 1 - number}."
-
     def name(key: str) -> str:
-        return rename(re.sub(r"(down|up)_blocks\.(\d+)\.", level, key), VAE_NAMES)
+        key = re.sub(r"up_blocks\.(\d+)", lambda match: f"up.{levels - 1 - int(match[1])}", key)
+        return rename(key, AUTOENCODER_NAMES)
 
-    return vae_attention({name(k): v for k, v in state.items()})
-
-
-def vae_attention(state: Tensors) -> Tensors:
-    """Return the autoencoder's tensors with the attention's names as CompVis has them, which other
-    programs change in single files too. Its 1x1 convolutions may come as matrices."""
-    renamed: Tensors = {}
-    for key, v in state.items():
-        if ".attn_1." in key:
-            key, v = rename(key, VAE_ATTENTION), v[:, :, None, None] if v.ndim == 2 else v
-        renamed[key] = v
-    return renamed
+    return {name(k): v[:, :, None, None] if v.ndim == 2 else v for k, v in state.items()}
 
 
-def clip_from_openai(state: Tensors) -> Tensors:
-    """open_clip's or OpenAI's names of one tower; the stacked in_proj is cut into q, k and v. Sizes
-    (three scalars in OpenAI's .pt) and the mask that a traced module keeps are left out."""
-    unused = ("input_resolution", "context_length", "vocab_size", "attn_mask")
+def clip_to_transformers(state: Tensors) -> Tensors:
+    """Return CLIP or one of its towers, from any names; some files leave out `text_model.`.
+
+    Trap: OpenAI's and open_clip's projections multiply from the right; q, k and v are stacked.
+    """
+    foreign = any(".resblocks." in key for key in state)
     renamed: Tensors = {}
     for key, tensor in state.items():
-        if key.endswith(unused):
-            continue
-        key = rename(key, CLIP_NAMES)
-        if match := re.fullmatch(r"(.+\.self_attn)\.in_proj_(weight|bias)", key):
+        key = rename(key, CLIP_NAMES) if foreign else key
+        key = re.sub(r"^(embeddings|encoder|final_layer_norm)\.", r"text_model.\g<0>", key)
+        if match := re.fullmatch(r"(.+)\.in_proj_(weight|bias)", key):
             for letter, third in zip("qkv", tensor.chunk(3)):
                 renamed[f"{match[1]}.{letter}_proj.{match[2]}"] = third
         else:
-            renamed[key] = tensor
+            renamed[key] = tensor.T if foreign and "_projection." in key else tensor
     return renamed
-
-
-def text_from_transformers(state: Tensors) -> Tensors:
-    """CLIP's text tower under `text_model.`, which some files leave out."""
-    towers = ("embeddings.", "encoder.", "final_layer_norm.")
-    return {f"text_model.{k}" if k.startswith(towers) else k: v for k, v in state.items()}
 
 
 def text_up_to_penultimate(state: Tensors, layers: int | None) -> Tensors:
@@ -191,32 +140,12 @@ def first_layers(state: Tensors, layers: int) -> Tensors:
     return {k: v for k, v in state.items() if not numbers[k] or int(numbers[k][1]) < layers}
 
 
-def text_from_sdxl(state: Tensors) -> Tensors:
-    """SDXL's text encoders from a single file; open_clip's projection multiplies from the right."""
-    second = part(state, "1.model.")
-    second["text_projection.weight"] = second.pop("text_projection").T
-    return side_by_side(part(state, "0.transformer."), clip_from_openai(second))
-
-
 def side_by_side(first: Tensors, second: Tensors) -> Tensors:
-    """CLIP-L and bigG in the names of `transformers`, as one encoder with one table of tokens."""
-    first, second = text_from_transformers(first), text_from_transformers(second)
+    """SDXL's CLIP-L and bigG, in any names, as one encoder with one table of tokens."""
+    first, second = clip_to_transformers(first), clip_to_transformers(second)
     first.pop("text_projection.weight", None)  # of CLIP-L, which is not used
     state = {k.replace("text_model", "clip_l"): v for k, v in first.items()}
     state |= {k.replace("text_model", "clip_g"): v for k, v in second.items()}
     tables = [state.pop(f"{t}.embeddings.token_embedding.weight") for t in ("clip_l", "clip_g")]
     rows = min(map(len, tables))  # one of them may have words of an earlier inversion
     return state | {"token_table": torch.cat([table[:rows].float() for table in tables], dim=1)}
-
-
-def towers_from_openai(state: Tensors) -> Tensors:
-    """OpenAI's layout in the names of `transformers`; its projections multiply from the right."""
-    visual = part(state, "visual.")
-    text = {k: v for k, v in state.items() if not k.startswith("visual.")}
-    towers = {
-        "visual_projection.weight": visual.pop("proj").T,
-        "text_projection.weight": text.pop("text_projection").T,
-        "logit_scale": text.pop("logit_scale"),
-    }
-    towers |= {f"text_model.{k}": v for k, v in clip_from_openai(text).items()}
-    return towers | {f"vision_model.{k}": v for k, v in clip_from_openai(visual).items()}

@@ -1,7 +1,7 @@
-"""Checkpoints and words by published name, by address, and out of Hugging Face's cache.
+"""Checkpoints and words by published name, by address, and from Hugging Face's cache.
 
-`find` returns local paths for them. Downloads go to torch's own cache, where a file gets its name
-once it is whole: its size is right, and its checksum if that is known.
+Downloads go to torch's own cache. A file gets its name there once its size is right, and its
+checksum if that is known.
 """
 
 import csv
@@ -16,19 +16,15 @@ from urllib.request import Request, urlopen
 
 import torch
 
-from .files import CheckpointError
+from .files import CheckpointError, some
 
-TABLE = Path(__file__).parent / "published.csv"
-PUBLISHED = list(csv.DictReader(TABLE.read_text().splitlines()))
+PUBLISHED = list(csv.DictReader(Path(__file__).with_suffix(".csv").read_text().splitlines()))
 
 
 def find(given: str | Path, what: str = "") -> Path:
-    """Return the local path of what is given, downloaded if it is an address or the name of a
-    published "model" or "clip".
-
-    A path that exists comes first. "x/y" is a repository in Hugging Face's cache, as is its folder
-    models--x--y. Raises CheckpointError, one line.
-    """
+    """Return the local path of what is given: a path, which comes first; the name of a published
+    "model" or "clip", or an address, which are downloaded; "x/y" or a folder models--x--y, which
+    are repositories in Hugging Face's cache. Raises CheckpointError, one line."""
     text, hint = str(given), ""
     names = {row["name"]: row for row in PUBLISHED if row["what"] == what}
     if os.path.exists(given):
@@ -41,9 +37,7 @@ def find(given: str | Path, what: str = "") -> Path:
         folder = hub_cache() / f"models--{text.replace('/', '--')}"
         if (path := snapshot(folder)) != folder:
             return path
-        same = [n for n, row in names.items() if f"/{text.partition('/')[2]}/" in row["address"]]
-        get = f"the name {same[0]} downloads it" if same else f"`hf download {text}` gets it"
-        hint = f" and no repository in {folder.parent}; if it is one, {get}"
+        hint = f" and no repository in {folder.parent}; if it is one, `hf download {text}` gets it"
     kinds = ", ".join(["a path", "an address", "a Hugging Face repository", *names])
     raise CheckpointError(f"{text}: no such file or folder{hint}; possible are {kinds}")
 
@@ -71,10 +65,9 @@ def download(address: str, licence: str = "", sha256: str = "") -> Path:
                 raise OSError(f"cut off after {got:,} of {size:,} bytes")
             os.replace(part, target)
     except (OSError, HTTPException, RuntimeError, ValueError) as error:
-        raise CheckpointError(
-            f"{address}: not downloaded ({str(error).strip('<>') or type(error).__name__}); try "
-            f"again, put the file at {target} yourself, or set TORCH_HOME to a folder with room"
-        ) from None
+        reason = str(error).strip("<>") or type(error).__name__
+        remedy = f"try again, put the file at {target} or set TORCH_HOME to a folder with room"
+        raise CheckpointError(f"{address}: not downloaded ({reason}); {remedy}") from None
     return target
 
 
@@ -82,26 +75,24 @@ def hub_cache() -> Path:
     """Return the folder of Hugging Face's cache, found as huggingface_hub finds it."""
     cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
     home = os.environ.get("HF_HOME", f"{cache}/huggingface")
-    hub = os.environ.get("HUGGINGFACE_HUB_CACHE", f"{home}/hub")
-    hub = os.path.expanduser(os.environ.get("HF_HUB_CACHE", hub))
-    return Path(os.path.expandvars(hub))
+    return Path(os.environ.get("HF_HUB_CACHE", f"{home}/hub")).expanduser()
 
 
 def snapshot(path: Path) -> Path:
     """Return the files of a folder models--x--y: refs/main, else the newest; others unchanged."""
     main = path / "refs" / "main"
     name = main.read_text().strip() if main.is_file() else ""
-    found = [(p.name == name, p.stat().st_mtime, p) for p in path.glob("snapshots/*/")]
-    return max(found)[-1] if found else path
+    age = lambda folder: (folder.name == name, folder.stat().st_mtime)
+    return max(path.glob("snapshots/*/"), key=age, default=path)
 
 
 def checkpoint_in(folder: Path) -> Path:
-    """Return the only checkpoint in a folder without a diffusers model; else the folder."""
+    """Return the checkpoint in a folder that is no diffusers model: model.safetensors, else the
+    only one. Return the folder if it has none."""
     files = {p.stem: p for end in ("ckpt", "safetensors") for p in folder.glob(f"*.{end}")}
-    bundled = "model" in files and (folder / "config.json").is_file()
-    if bundled or not files or any(folder.glob("unet/diffusion_pytorch_model*")):
+    if not files or any(folder.glob("unet/diffusion_pytorch_model*")):
         return folder
-    if len(files) > 1:
-        names = ", ".join(sorted(path.name for path in files.values())[:9])
+    if len(files) > 1 and "model" not in files:
+        names = some(sorted(path.name for path in files.values()))
         raise CheckpointError(f"several checkpoints: {names}; give one of them")
-    return files.popitem()[1]
+    return files.get("model") or files.popitem()[1]

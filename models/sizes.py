@@ -10,25 +10,21 @@ from .unet import UNetConfig
 
 
 def unet_config(state: Tensors, **known) -> UNetConfig:
-    """Sizes of a UNet; `known` are the heads and the groups, which shapes do not tell."""
-    levels: list[list[int]] = [[]]
-    depths = [0]
-    for i in range(1, count(state, r"input_blocks\.(\d+)\.")):
-        if f"input_blocks.{i}.0.op.weight" in state:
-            levels.append([])
-            depths.append(0)
-            continue
-        levels[-1].append(state[f"input_blocks.{i}.0.in_layers.2.weight"].shape[0])
-        depths[-1] = count(state, rf"input_blocks\.{i}\.1\.transformer_blocks\.(\d+)\.")
-    middle = "middle_block.1.transformer_blocks"
+    """Sizes of a UNet; `known` are those that shapes do not tell: heads, groups, the factor."""
+    blocks = count(state, r"input_blocks\.(\d+)\.")
+    halving = (i for i in range(blocks) if f"input_blocks.{i}.0.op.weight" in state)
+    per_level = next(halving, blocks)  # the first block is the input's convolution, no level's
+    levels = range(1, blocks, per_level)
+    depth = r"transformer_blocks\.(\d+)\."
     config = UNetConfig(
-        widths=tuple(level[0] for level in levels),
-        num_res_blocks=len(levels[0]),
-        depths=tuple(depths),
-        middle_depth=count(state, middle.replace(".", r"\.") + r"\.(\d+)\."),
-        context_dim=state[f"{middle}.0.attn2.to_k.weight"].shape[1],
+        widths=tuple(state[f"input_blocks.{i}.0.in_layers.2.weight"].shape[0] for i in levels),
+        num_res_blocks=per_level - 1,
+        depths=tuple(count(state, rf"input_blocks\.{i}\.1\.{depth}") for i in levels),
+        middle_depth=count(state, rf"middle_block\.1\.{depth}"),
+        context_dim=state["middle_block.1.transformer_blocks.0.attn2.to_k.weight"].shape[1],
         channels=state["input_blocks.0.0.weight"].shape[1],
         linear_projection=state["middle_block.1.proj_in.weight"].ndim == 2,
+        vector_dim=state["label_emb.0.0.weight"].shape[1] if "label_emb.0.0.weight" in state else 0,
         **known,
     )
     for width in config.widths:
@@ -53,28 +49,28 @@ def bert_config(state: Tensors) -> BertConfig:
 
 
 def check_heads(width: int, heads: int | None) -> None:
-    """Check that the attention heads divide the channels."""
     if not isinstance(heads, int) or heads < 1 or width % heads:
         raise ValueError(f"{heads!r} attention heads do not divide {width} channels")
 
 
-def text_config(state: Tensors, heads, quick_gelu: bool, tower: str = "text_model") -> TextConfig:
-    """`heads` None: 64 channels each, as in every published CLIP."""
-    own_table = f"{tower}.embeddings.token_embedding.weight"
-    vocab_size = state["token_table" if own_table not in state else own_table].shape[0]
-    max_length, width = state[f"{tower}.embeddings.position_embedding.weight"].shape
-    heads = heads or max(1, width // 64)
-    check_heads(width, heads)
+def tower_sizes(state: Tensors, tower: str, settings: dict) -> tuple[int, int, int, bool]:
+    """Return the sizes of one of CLIP's towers, the arguments of `TowerConfig`. settings: number of
+    heads and GELU as in the config.json of `transformers`; as in OpenAI's CLIP unless given."""
+    width = state[f"{tower}.embeddings.position_embedding.weight"].shape[1]
     layers = count(state, rf"{tower}\.encoder\.layers\.(\d+)\.")
-    return TextConfig(width, layers, heads, quick_gelu, vocab_size, max_length)
-
-
-def vision_config(state: Tensors, heads: int | None, quick_gelu: bool) -> VisionConfig:
-    """As `text_config`, of the image tower."""
-    width, _, patch, _ = state["vision_model.embeddings.patch_embedding.weight"].shape
-    positions = state["vision_model.embeddings.position_embedding.weight"].shape[0]
-    heads = heads or max(1, width // 64)
+    heads = settings.get("num_attention_heads") or max(1, width // 64)
     check_heads(width, heads)
-    layers = count(state, r"vision_model\.encoder\.layers\.(\d+)\.")
-    side = math.isqrt(positions - 1) * patch
-    return VisionConfig(width, layers, heads, quick_gelu, image_size=side, patch_size=patch)
+    return width, layers, heads, settings.get("hidden_act", "quick_gelu") == "quick_gelu"
+
+
+def text_config(state: Tensors, tower: str, settings: dict) -> TextConfig:
+    table = f"{tower}.embeddings.token_embedding.weight"
+    vocab_size = len(state[table if table in state else "token_table"])
+    max_length = len(state[f"{tower}.embeddings.position_embedding.weight"])
+    return TextConfig(*tower_sizes(state, tower, settings), vocab_size, max_length)
+
+
+def vision_config(state: Tensors, settings: dict) -> VisionConfig:
+    patch = state["vision_model.embeddings.patch_embedding.weight"].shape[-1]
+    side = math.isqrt(len(state["vision_model.embeddings.position_embedding.weight"]) - 1) * patch
+    return VisionConfig(*tower_sizes(state, "vision_model", settings), side, patch)

@@ -254,7 +254,7 @@ def test_a_text_encoder_with_words_of_an_earlier_inversion(tmp_path, family):
     save_file(text, path / "text_encoder/model.safetensors")
     added = json.dumps({"<cat>": size, "<dog>": size + 1})
     (path / "tokenizer/added_tokens.json").write_text(added)
-    with pytest.warns(UserWarning, match="2 more words .* .<cat>, <dog>.; they are passed over"):
+    with pytest.warns(UserWarning, match="2 more words than .*; they are passed over"):
         assert_same(path, family)
 
 
@@ -273,7 +273,7 @@ def test_a_folder_of_transformers_5_with_words(tmp_path, words):
     with warnings.catch_warnings(record=True) as notes:
         model = assert_same(path, "sd1")
     assert model.tokenizer.vocab_size == 640
-    assert [word in str(note.message) for word in words for note in notes] == [True] * len(words)
+    assert ["2 more words than" in str(note.message) for note in notes] == [True] * bool(words)
 
 
 def test_a_vocabulary_that_was_cut_off(tmp_path):
@@ -340,7 +340,6 @@ def test_upscalers_as_they_are_published(tmp_path):
 
 def test_folders_of_other_pipelines(tmp_path):
     for name, part, told in (
-        ("StableDiffusionUpscalePipeline", "unet", "an upscaler"),
         ("LDMTextToImagePipeline", "bert", "--model ldm"),
         ("StableDiffusion3Pipeline", "transformer", "StableDiffusion3Pipeline"),
     ):

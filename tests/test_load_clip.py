@@ -123,7 +123,7 @@ def test_refusals_of_load_clip(tmp_path):
     (tmp_path / "short.pt").write_bytes(whole[: len(whole) // 2])
     torch.save([1, 2], tmp_path / "list.pt")
     state = load_file(TINY / "transformers/model.safetensors")
-    text = {k: v for k, v in state.items() if not k.startswith("visual_projection")}
+    text = {k: v for k, v in state.items() if k.startswith("text")}
     save_file(text, tmp_path / "text.safetensors")
     names = ("empty.pt", "page.pt", "short.pt", "list.pt", "text.safetensors", ".")
     with pytest.raises(CheckpointError, match="missing.pt: no such file or folder.* vit-b-32"):
@@ -134,7 +134,11 @@ def test_refusals_of_load_clip(tmp_path):
         assert str(caught.value).isprintable() and str(tmp_path / name) in str(caught.value)
         assert "Stable Diffusion" not in str(caught.value)
     save_file(state | {"logit_scale": torch.ones(3)}, tmp_path / "wrong.safetensors")
-    with pytest.raises(CheckpointError, match="1 of another shape"):
+    with pytest.raises(CheckpointError, match="not the expected CLIP.* 1 of another shape"):
+        load_clip(tmp_path / "wrong.safetensors")
+    del state["visual_projection.weight"]
+    save_file(state, tmp_path / "wrong.safetensors")
+    with pytest.raises(CheckpointError, match="not the expected CLIP.* 1 missing .visual_proj"):
         load_clip(tmp_path / "wrong.safetensors")
 
 
