@@ -270,10 +270,10 @@ def read_checkpoint(path: Path, family: str | None, vae: str | Path | None):
         parts, known = (read_folder if path.is_dir() else read_single_file)(path, family)
     except CheckpointError as error:
         try:
-            load_concepts(path)
+            words = some(concept.placeholder for concept in load_concepts(path))
         except (ValueError, OSError):
             raise error from None
-        raise CheckpointError(f"a word; give it to --concept; {EXPECTED}") from None
+        raise CheckpointError(f"a word; give it to --concept; found {words}; {EXPECTED}") from None
     if vae is None and not parts["autoencoder"]:
         beside = [path.with_name(f"{path.stem}.vae.{e}") for e in ("safetensors", "pt", "ckpt")]
         if (vae := first_of(*beside)) is None:

@@ -269,7 +269,7 @@ def test_diffusers_names(version, kind):
 def test_open_clip_names():
     """Key by key, with numbers in the tensors to see which third went where."""
     names = golden_keys("map-sd-v2-text-openclip-to-transformers")["map"]
-    values = {key: torch.arange(3.0) + 10 * i for i, key in enumerate(names)}
+    values = {key: torch.arange(3.0)[:, None] + 10 * i for i, key in enumerate(names)}
     found = naming.text_up_to_penultimate(naming.clip_to_transformers(values), None)
     found = {k: v for k, v in found.items() if not checkpoint.NEEDLESS.match(k)}
     expected = {}
