@@ -220,7 +220,7 @@ def find_device(name: str | torch.device | None) -> torch.device:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, ImportError):
-        raise ValueError(f"no device {name} here; use cpu, or a torch that supports it") from None
+        raise ValueError(f"no device {name}; use cpu, or cuda or mps if torch has them") from None
     return torch.device(name)
 
 

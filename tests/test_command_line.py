@@ -107,7 +107,7 @@ def test_mistakes_are_one_line_and_exit_status_2_of_the_process(tmp_path, argume
         (["--placeholder", "cat"], "is an ordinary word of this model"),
         (["--templates", "nofile.txt"], "object, style, captions (cat.txt beside cat.jpg), a file"),
         (["--templates", "captions"], "1.txt"),
-        (["--device", "abacus"], "use cuda, mps or cpu"),
+        (["--device", "abacus"], "no device abacus; use cpu, or cuda"),
         (["--out", "word.doc"], "possible are diffusers: .safetensors"),
         (["--out", "."], "a word is not written as ''"),
         (["--save-every", "0"], "save_every is 0"),
@@ -151,7 +151,7 @@ def test_mistakes_in_drawing(tmp_path, monkeypatch, capsys, change, says):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
 def test_no_cuda_although_asked_for(capsys):
-    assert "use --device cpu" in mistake(capsys, "sample", "a cat", "--device", "cuda")
+    assert "no device cuda; use cpu" in mistake(capsys, "sample", "a cat", "--device", "cuda")
 
 
 def test_bad_folders_and_pictures(tmp_path, capsys):
