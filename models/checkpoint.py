@@ -414,10 +414,7 @@ def fingerprint(unet: UNet) -> str:
 
 # ----------------------------------------------------------------------------------------- CLIP
 
-CLIP_EXPECTED = (
-    "expected a CLIP with both towers: OpenAI's .pt, its state_dict, or a file or folder in the "
-    "layout of transformers"
-)
+CLIP_EXPECTED = "expected a CLIP with both towers, OpenAI's or in the layout of transformers"
 
 
 def load_clip(path: str | Path | None = None) -> CLIP:
