@@ -16,17 +16,17 @@ Tensors = dict[str, Tensor]
 
 
 def count(keys: Iterable[str], pattern: str) -> int:
-    """How many different numbers the pattern's group matches."""
+    """Return how many different numbers the pattern's group matches."""
     return len({m[1] for k in keys if (m := re.match(pattern, k))})
 
 
 def part(state: Tensors, prefix: str) -> Tensors:
-    """The tensors whose names begin with the prefix, without it."""
+    """Return the tensors whose names begin with the prefix, under the rest of the name."""
     return {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
 
 
 def rename(key: str, table: dict[str, str]) -> str:
-    """The key with every run of whole dotted segments that the table knows replaced, in order."""
+    """Return the key with whole dotted segments replaced, one row of the table after another."""
     dotted = f".{key}."
     for old, new in table.items():
         dotted = dotted.replace(f".{old}.", f".{new}.")
@@ -69,7 +69,8 @@ OPEN_CLIP_LAYERS = {1024: 24, 1280: 32}  # by width: ViT-H and ViT-bigG
 
 
 def unet_from_diffusers(state: Tensors) -> Tensors:
-    """CompVis counts all blocks of one way in a row; diffusers counts by level and kind."""
+    """Rename a UNet. CompVis numbers the blocks from the first to the last; diffusers numbers the
+    levels, and in a level each kind of block."""
     resnets = count(state, r"down_blocks\.0\.resnets\.(\d+)\.")
 
     def name(key: str) -> str:
@@ -90,8 +91,10 @@ def unet_from_diffusers(state: Tensors) -> Tensors:
 
 
 def autoencoder_from_diffusers(state: Tensors) -> Tensors:
-    """CompVis' names stay, except where other programs have renamed the attention. diffusers
-    counts the decoder's levels from the other end; 1x1 convolutions may come as matrices."""
+    """Rename an autoencoder, or only its attention, as some single files need it.
+
+    diffusers counts the decoder's levels from the other end. Its 1x1 convolutions are matrices.
+    """
     levels = count(state, r"decoder\.up_blocks\.(\d+)\.")
 
     def name(key: str) -> str:
@@ -135,13 +138,13 @@ def text_up_to_penultimate(state: Tensors, layers: int | None) -> Tensors:
 
 
 def first_layers(state: Tensors, layers: int) -> Tensors:
-    """Return CLIP's text tower without the layers from number `layers` on."""
+    """Return CLIP's text tower with its first `layers` layers only."""
     numbers = {k: re.search(r"\.layers\.(\d+)\.", k) for k in state}
     return {k: v for k, v in state.items() if not numbers[k] or int(numbers[k][1]) < layers}
 
 
 def side_by_side(first: Tensors, second: Tensors) -> Tensors:
-    """SDXL's CLIP-L and bigG, in any names, as one encoder with one table of tokens."""
+    """Return SDXL's CLIP-L and bigG, in any names, as one encoder with one table of tokens."""
     first, second = clip_to_transformers(first), clip_to_transformers(second)
     first.pop("text_projection.weight", None)  # of CLIP-L, which is not used
     state = {k.replace("text_model", "clip_l"): v for k, v in first.items()}

@@ -10,10 +10,10 @@ from .unet import UNetConfig
 
 
 def unet_config(state: Tensors, **known) -> UNetConfig:
-    """Sizes of a UNet; `known` are those that shapes do not tell: heads, groups, the factor."""
+    """Return the sizes of a UNet. known: those that shapes do not tell: heads, groups, factor."""
     blocks = count(state, r"input_blocks\.(\d+)\.")
     halving = (i for i in range(blocks) if f"input_blocks.{i}.0.op.weight" in state)
-    per_level = next(halving, blocks)  # the first block is the input's convolution, no level's
+    per_level = next(halving, blocks)  # the last one halves; block 0 is a convolution
     levels = range(1, blocks, per_level)
     depth = r"transformer_blocks\.(\d+)\."
     config = UNetConfig(

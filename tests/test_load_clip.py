@@ -57,13 +57,6 @@ def repickled(source: Path, target: Path, program: bytes) -> Path:
     return target
 
 
-def doubled(root: bytes, i: int) -> bytes:
-    """Opcodes of a module that has module i twice: a row of 60 has 2^60 paths."""
-    memo = b"h" + bytes([i])
-    names = (b"X\x01\x00\x00\x00" + letter for letter in (b"a", b"b"))
-    return root + b"}(" + b"".join(name + memo for name in names) + b"ubq" + bytes([i + 1])
-
-
 jit = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 
 
@@ -99,7 +92,6 @@ def test_nothing_in_a_torchscript_archive_runs(tmp_path):
         "reduce": b"c__torch__\nCLIP\n(" + call + b"tR.",
         "list": root + b"]b.",
         "cycle": root + b"q\x01}X\x01\x00\x00\x00ah\x01sb.",
-        "shared": root + b"q\x00" + b"".join(doubled(root, i) for i in range(60)) + b".",
         "deep": (root + b"}X\x01\x00\x00\x00a") * 2000 + root + b"}b" + b"sb" * 2000 + b".",
     }
     for place, program in programs.items():
