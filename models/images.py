@@ -34,10 +34,8 @@ class NotFinite(ValueError):
 
 def find_images(folder: str | Path) -> list[Path]:
     """Return the picture files of a folder, sorted, without masks (cat.mask.png beside cat.jpg).
-    Warns of each other file that is skipped. Raises ValueError if there is no picture."""
+    Warns of other files. Raises ValueError if there is no picture, OSError if no such folder."""
     folder = Path(folder)
-    if not folder.exists():
-        raise ValueError(f"{folder}: no such folder; give a folder with 3-5 pictures of one thing")
     files = [folder] if folder.is_file() else sorted(p for p in folder.iterdir() if p.is_file())
     faults = {path: fault_of(path) for path in files}
     endings = (".txt", ".caption", ".mask.png")

@@ -82,8 +82,7 @@ class LatentDiffusion:
     def embed(self, ids: Tensor, vectors: Tensor | None) -> Tensor:
         """Return token embeddings (B, L, D) of ids (B, L). Here v* enters (paper, figure 2).
 
-        Id `vocab_size` + i is row i of `vectors` (V, D); the others are rows of the frozen table.
-        """
+        Id `vocab_size` + i is row i of `vectors` (V, D); others are rows of the frozen table."""
         table = self.text_encoder.token_table
         if vectors is None:
             return F.embedding(ids, table)
@@ -96,10 +95,8 @@ class LatentDiffusion:
 
     def encode_text(self, prompts: Sequence[str], concepts: Sequence[Concept] = ()) -> Context:
         """Return the context (B, L, D), float32, of prompts with placeholders; for SDXL a
-        `Conditioning`. It is differentiable in the concepts' vectors.
-
-        Prompts are cut off after L tokens. Brackets are text; in `encode_prompts` they are weights.
-        """
+        `Conditioning`. It is differentiable in the concepts' vectors. Prompts are cut off after L
+        tokens. Brackets are text; `encode_prompts` reads them as weights."""
         placeholders = self.placeholders(concepts)
         rows = [self.tokenizer.token_ids(prompt, placeholders) for prompt in prompts]
         return self.encode_ids(rows, concepts)
@@ -147,7 +144,7 @@ class LatentDiffusion:
         for i, chunk in enumerate(chunks):
             weights[i, 1 : 1 + len(chunk), 0] = torch.tensor([weight for _, weight in chunk])
         scaled = self.apply_weights(context, weights.to(context.device))
-        scaled = scaled.reshape(len(prompts), -1, scaled.shape[-1])  # (B, k * L, D)
+        scaled = scaled.unflatten(0, (-1, k)).flatten(1, 2)  # (B, k * L, D)
         # Pooled text is taken from the first chunk.
         return replace(encoded[::k], context=scaled) if context is not encoded else scaled
 
@@ -156,8 +153,7 @@ class LatentDiffusion:
 
         As in AUTOMATIC1111's web UI, each row is then scaled to the mean it had; for SDXL, each
         encoder's part by itself. LDM leaves that out: BERT's mean is close to 0, and scaling
-        multiplied whole prompts by -18.
-        """
+        multiplied whole prompts by -18."""
         if self.family == "ldm":
             return context * weights
         parts = []
@@ -171,15 +167,13 @@ class LatentDiffusion:
         self, prompts: Sequence[str], concepts: Sequence[Concept] = (), negative: str = ""
     ) -> tuple[Context, Context]:
         """Return the contexts of the prompts (P, L, D) and of the negative prompt (1, L, D), for
-        `guided`. Checks the concepts.
-
-        Trap: SDXL was trained with zeros in place of the empty prompt.
-        """
+        `guided`. Checks the concepts."""
         self.check_concepts(concepts)
         both = self.encode_prompts([*prompts, negative], concepts)
         context, uncond = both[:-1], both[-1:]
-        zeros = self.family == "sdxl" and not negative.strip()
-        return context, each(torch.zeros_like, uncond) if zeros else uncond
+        if self.family == "sdxl" and not negative.strip():
+            uncond = each(torch.zeros_like, uncond)  # Trap: it was trained so, without any text
+        return context, uncond
 
     def token_text(self, i: int, concepts: Sequence[Concept] = ()) -> str:
         """Return the text of an id: the vocabulary's entry, or a word and the vector's number."""
@@ -200,7 +194,9 @@ class LatentDiffusion:
         check_names(names)
         for name in names:
             if name.isalnum() and len(self.known_ids(name)) == 1:
-                raise ValueError(f"{name!r} is an ordinary word of this model; {RENAME}")
+                raise ValueError(
+                    f"placeholder {name!r} is an ordinary word of this model; {RENAME}"
+                )
 
     def check_concepts(self, concepts: Sequence[Concept]) -> None:
         """Raise ValueError for words of another width than the model's, and as

@@ -43,8 +43,7 @@ def check_names(names: Sequence[str]) -> None:
 
 
 class Tokenizer:
-    """The base of both tokenizers. Subclasses define `split`, a text's words, and `split_word`, the
-    ids of a word."""
+    """The base of both. Subclasses define `split`, words of a text, `split_word`, ids of a word."""
 
     special: tuple[str, ...]  # tokens that a text may name, such as "[SEP]"
     ids: dict[str, int]  # every token of the vocabulary
@@ -76,8 +75,8 @@ class Tokenizer:
     def chunks(self, tokens: Tokens, placeholders: Placeholders) -> list[Tokens]:
         """Return a prompt as chunks of up to `max_length` - 2 tokens. CLIP encodes each by itself.
 
-        As in A1111's web UI, a full chunk is cut after its last comma, if that is among its last 20
-        tokens. The vectors of a learnt word stay in one chunk."""
+        As in A1111's web UI, a full chunk is cut after a comma among its last 20 tokens, if there
+        is one. The vectors of a learnt word stay in one chunk."""
         room, comma = self.max_length - 2, self.ids.get(",</w>")
         sizes = {ids[0]: len(ids) for ids in placeholders.values()}
         chunks: list[Tokens] = [[]]
@@ -104,9 +103,7 @@ CJK = re.compile(
 
 class WordPieceTokenizer(Tokenizer):
     """The tokenizer of bert-base-uncased (Devlin et al. 2019), as the `tokenizers` library runs it.
-
-    vocab: the tokens in the order of their ids, as in the published vocab.txt.
-    """
+    vocab: the tokens in the order of their ids."""
 
     special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -134,14 +131,13 @@ class WordPieceTokenizer(Tokenizer):
         return "".join(f" {c} " if c in marks else c for c in plain).split()
 
     def split_word(self, word: str) -> list[int]:
-        """Return the id of the longest piece the word begins with, then those of the rest. Words of
-        more than 100 characters are unknown."""
+        """Return the id of the longest piece the word begins with, then those of the rest."""
         pieces, start = [], 0
         while start < len(word):
             prefix = "##" if start else ""
             ends = range(len(word), start, -1)
             end = next((e for e in ends if prefix + word[start:e] in self.ids), None)
-            if end is None or len(word) > 100:
+            if end is None or len(word) > 100:  # as published
                 return [self.unknown_id]
             pieces.append(self.ids[prefix + word[start:end]])
             start = end
@@ -164,8 +160,7 @@ class CLIPTokenizer(Tokenizer):
 
     merges: pairs of symbols that become one, the most frequent first. Ids follow from their order:
     256 bytes, 256 bytes that end a word, one symbol per merge, start, end. pad_id: by default the
-    end's, as in Stable Diffusion 1; in 2 it is 0.
-    """
+    end's, as in Stable Diffusion 1; in 2 it is 0."""
 
     special = ("<|startoftext|>", "<|endoftext|>")
 
@@ -198,8 +193,7 @@ class CLIPTokenizer(Tokenizer):
         """Return lower-case words. Each digit is a word."""
         # Trap: character by character, since str.lower turns a capital sigma at the end into ς.
         lower = [c.lower() for c in text]
-        # A digit is of Unicode's class N: isnumeric() is true also for ideographs such as 一, which
-        # are letters.
+        # isnumeric() is true also for ideographs such as 一, which are letters.
         spaced = [f" {c} " if c.isnumeric() and not c.isalpha() else c for c in lower]
         return CLIP_WORDS.findall("".join(spaced))
 
@@ -273,8 +267,7 @@ def bracket_end(inside: str, end: str, words: Collection[str]) -> tuple[str, flo
     ":1.2)", but ":D", 1.1 for ":D)".
 
     Raises ValueError for what is meant as a weight but is not a number: digits with a comma or
-    several points, unless they follow another number, or what follows a learnt word and a colon.
-    """
+    several points, unless they follow another number, or what follows a learnt word and a colon."""
     given = end[1:-1].strip()
     number = re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", given)
     digits = re.fullmatch(r"[+-]*[\d.,]*\d[\d.,]*", given) and not re.search(r"\b[\d.,]+$", inside)
