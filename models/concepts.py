@@ -112,7 +112,12 @@ def load_concepts(path: str | Path) -> list[Concept]:
     """
     path = word_file(find(path))
     with files.checking(path, EXPECTED):
-        opened = [open_word(file) for file in both_files(path)]
+        starts = ("learned_embeds", "learned_embeds_2")  # of diffusers' two files for SDXL
+        names = dict.fromkeys(re.sub("^learned_embeds(_2)?", start, path.name) for start in starts)
+        first, *second = (path.with_name(name) for name in names)
+        if not first.is_file():
+            raise CheckpointError(f"half of a word for SDXL; {first.name} belongs beside it")
+        opened = [open_word(file) for file in (first, *second) if file.is_file()]
         content, metadata, _ = opened[0]
         halves = [words_of(table, name) for table, _, name in opened]
         words = {key: torch.cat([half[key] for half in halves], dim=1) for key in halves[0]}
@@ -160,17 +165,6 @@ def word_file(path: Path) -> Path:
     what = f"{len(words)} words: " if words else "no word, found "
     names = files.some(p.name for p in words or sorted(path.iterdir()))
     raise CheckpointError(f"{path}: {what}{names}; give a word's file (a model: --model)")
-
-
-def both_files(path: Path) -> list[Path]:
-    """Return the path, or both files of a word for SDXL as diffusers' script writes them."""
-    names = ("learned_embeds", "learned_embeds_2")
-    pair = [path.with_name(re.sub("^learned_embeds(_2)?", name, path.name)) for name in names]
-    if pair[0] == pair[1] or not pair[1].is_file():
-        return [path]
-    if not pair[0].is_file():
-        raise CheckpointError(f"half of a word for SDXL; {pair[0].name} belongs beside it")
-    return pair
 
 
 def open_word(path: Path) -> tuple[dict, dict[str, str], str]:
