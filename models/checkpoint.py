@@ -33,16 +33,16 @@ BERT_VOCAB = Path(__file__).parent / "vocab" / "bert-base-uncased.txt"
 # For SDXL, whose steps cost eight times those of Stable Diffusion 1. The published recipes of
 # diffusers and of invoke-training agree on this rate per step and on showing 2,000 pictures.
 SDXL = dict(steps=2000, batch_size=1, lr=0.002, guidance_scale=5.0)
-# What is not as in Stable Diffusion 1, whose values are the defaults of LatentDiffusion.
+# How a family differs from Stable Diffusion 1, whose values are LatentDiffusion's defaults.
 FAMILIES = dict(ldm=dict(size=256), sd1={}, sd2={})
 FAMILIES["sdxl"] = dict(size=1024, scale_factor=0.13025, defaults=SDXL)
-# Arguments of `Schedule` that diffusers calls otherwise.
+# Arguments of `Schedule` that have other names in diffusers.
 SCHEDULER = dict(num_train_timesteps="length", rescale_betas_zero_snr="zero_snr")
 SCHEDULER |= dict(timestep_spacing="spacing")
-REFUSED = {  # a key in it: what the file is then
-    r"lora_|.*\.(lora|hada|lokr)_": "a LoRA, which changes a model and is none",
-    r"control_model\.": "a ControlNet, which steers a model and is none",
-    r"conv_first\.|.*(RDB|rdb)\d\.": "an upscaler of finished pictures",
+REFUSED = {  # pattern of a key: what a file with such a key is
+    r"lora_|.*\.(lora|hada|lokr)_": "a LoRA, not a model",
+    r"control_model\.": "a ControlNet, not a model",
+    r"conv_first\.|.*(RDB|rdb)\d\.": "an upscaler, which has no text encoder",
     r"model\.diffusion_model\.|(input|down)_blocks\.": "a UNet without a text encoder",
     r"(first_stage_model\.)?(encoder|decoder)\.": "an autoencoder alone; give it to --vae",
     r"text_model\.|.*\.resblocks\.": "a text encoder without a UNet",
@@ -120,12 +120,12 @@ def read_single_file(path: Path, family: str | None) -> tuple[dict[str, Tensors]
 
 
 def first_of(*paths: Path) -> Path | None:
-    """The first of the paths that is a file."""
+    """Return the first of the paths that is a file."""
     return next((path for path in paths if path.is_file()), None)
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file, empty if there is no such file."""
+    """Return the object in a JSON file, empty if there is no such file."""
     with checking(path):
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
@@ -214,7 +214,7 @@ def read_folder(path: Path, family: str | None) -> tuple[dict[str, Tensors], dic
 
 
 def find_device(name: str | torch.device | None) -> torch.device:
-    """The device of that name, the best there is for None; ValueError if it is not here."""
+    """Return the device of that name, the best one for None. ValueError if it is not here."""
     here = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     name = name or next(kind for kind in here if here[kind])
     try:

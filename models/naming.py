@@ -69,8 +69,7 @@ OPEN_CLIP_LAYERS = {1024: 24, 1280: 32}  # by width: ViT-H and ViT-bigG
 
 
 def unet_from_diffusers(state: Tensors) -> Tensors:
-    """Rename a UNet. CompVis numbers the blocks from the first to the last; diffusers numbers the
-    levels, and in a level each kind of block."""
+    """Rename a UNet. CompVis numbers its blocks in a row, diffusers by level and kind."""
     resnets = count(state, r"down_blocks\.0\.resnets\.(\d+)\.")
 
     def name(key: str) -> str:
@@ -91,10 +90,8 @@ def unet_from_diffusers(state: Tensors) -> Tensors:
 
 
 def autoencoder_from_diffusers(state: Tensors) -> Tensors:
-    """Rename an autoencoder, or only its attention, as some single files need it.
-
-    diffusers counts the decoder's levels from the other end. Its 1x1 convolutions are matrices.
-    """
+    """Rename an autoencoder, or only its attention, as some single files need it. diffusers counts
+    the decoder's levels from the other end, and its 1x1 convolutions are matrices."""
     levels = count(state, r"decoder\.up_blocks\.(\d+)\.")
 
     def name(key: str) -> str:

@@ -64,10 +64,10 @@ def tower_sizes(state: Tensors, tower: str, settings: dict) -> tuple[int, int, i
 
 
 def text_config(state: Tensors, tower: str, settings: dict) -> TextConfig:
-    table = f"{tower}.embeddings.token_embedding.weight"
-    vocab_size = len(state[table if table in state else "token_table"])
+    joint = "token_table" in state  # SDXL's, of both towers
+    table = "token_table" if joint else f"{tower}.embeddings.token_embedding.weight"
     max_length = len(state[f"{tower}.embeddings.position_embedding.weight"])
-    return TextConfig(*tower_sizes(state, tower, settings), vocab_size, max_length)
+    return TextConfig(*tower_sizes(state, tower, settings), len(state[table]), max_length)
 
 
 def vision_config(state: Tensors, settings: dict) -> VisionConfig:
