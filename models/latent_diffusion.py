@@ -171,8 +171,9 @@ class LatentDiffusion:
         self.check_concepts(concepts)
         both = self.encode_prompts([*prompts, negative], concepts)
         context, uncond = both[:-1], both[-1:]
+        # Trap: SDXL was trained with zeros in place of the empty prompt.
         if self.family == "sdxl" and not negative.strip():
-            uncond = each(torch.zeros_like, uncond)  # Trap: it was trained so, without any text
+            uncond = each(torch.zeros_like, uncond)
         return context, uncond
 
     def token_text(self, i: int, concepts: Sequence[Concept] = ()) -> str:

@@ -27,9 +27,8 @@ nfc = partial(unicodedata.normalize, "NFC")  # makes two spellings of the same c
 def any_of(words: Iterable[str]) -> str:
     """Return a pattern for any of the words, longest first. It finds whole words only: "my-cat" is
     not in "my-cats"."""
-    longest_first = sorted(words, key=len, reverse=True)
     # \b goes to each end that is a letter or digit.
-    patterns = (re.sub(r"^\b|\b$", r"\\b", re.escape(word)) for word in longest_first)
+    patterns = [re.sub(r"^\b|\b$", r"\\b", re.escape(w)) for w in sorted(words, key=len)[::-1]]
     return f"(?:{'|'.join(patterns) or '(?!)'})"
 
 
@@ -37,13 +36,13 @@ def check_names(names: Sequence[str]) -> None:
     """Raise ValueError for a placeholder that is no single word, and for two of the same name."""
     for name in names:
         if not name or re.search(r"\s", name):
-            raise ValueError(f"placeholder {name!r} is empty or has a space; {RENAME}")
+            raise ValueError(f"placeholder {name!r} is empty or has a space in it; {RENAME}")
         if names.count(name) > 1:
             raise ValueError(f"two words are called {name}; {RENAME}")
 
 
 class Tokenizer:
-    """The base of both. Subclasses define `split`, words of a text, `split_word`, ids of a word."""
+    """The base of both. Subclasses define `split`, text to words, and `split_word`, word to ids."""
 
     special: tuple[str, ...]  # tokens that a text may name, such as "[SEP]"
     ids: dict[str, int]  # every token of the vocabulary
@@ -178,9 +177,8 @@ class CLIPTokenizer(Tokenizer):
         """Load CLIP's own merges, or those in a merges.txt or tokenizer.json, as many of them as
         `vocab_size` has room for. A vocab.json is not read: it follows from the merges."""
         path = path or VOCAB / "clip_merges.txt.gz"
-        opener = gzip.open if path.suffix == ".gz" else open
-        with opener(path, "rt", encoding="utf-8") as file:
-            text = file.read()
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
         if path.suffix == ".json":
             pairs = json.loads(text)["model"]["merges"]  # "a b", in newer files ["a", "b"]
         else:
@@ -193,7 +191,7 @@ class CLIPTokenizer(Tokenizer):
         """Return lower-case words. Each digit is a word."""
         # Trap: character by character, since str.lower turns a capital sigma at the end into ς.
         lower = [c.lower() for c in text]
-        # isnumeric() is true also for ideographs such as 一, which are letters.
+        # isnumeric() is true for all digits, and for ideographs such as 一, which are letters.
         spaced = [f" {c} " if c.isnumeric() and not c.isalpha() else c for c in lower]
         return CLIP_WORDS.findall("".join(spaced))
 
@@ -221,7 +219,7 @@ class CLIPTokenizer(Tokenizer):
 #     a (word:1.3)   1.3 times; brackets nest     a \(word\)    plain brackets
 #     BREAK          the next chunk of 75 tokens begins here
 # ComfyUI's "embedding:cat", or "embedding:cat.pt", is the word cat or <cat>.
-FACTORS = {")": 1.1, "]": 1 / 1.1}
+FACTORS = {")": 1.1, "]": 1 / 1.1}  # of brackets without a number
 PROMPT_PARTS = (
     r"|(?P<network><(?:lora|lyco|hypernet):[^<>]*>)"  # A1111's call of another network
     r"|(?P<name>\bembedding:[^\s,:()\[\]]+|<[^<>\s]+>)"

@@ -102,7 +102,7 @@ def test_mistakes_are_one_line_and_exit_status_2_of_the_process(tmp_path, argume
             ["--init-word", "  "],
             "--init-word is missing",
         ),
-        (["--placeholder", "my cat"], "has a space in it; use one like <cat>"),
+        (["--placeholder", "my cat"], "has a space in it; use a name like <cat>"),
         (["--placeholder", ""], "is empty"),
         (["--placeholder", "cat"], "is an ordinary word of this model"),
         (["--templates", "nofile.txt"], "object, style, captions (cat.txt beside cat.jpg), a file"),
