@@ -37,15 +37,12 @@ class LatentDiffusion:
     family: str  # "ldm", "sd1", "sd2" or "sdxl"
     name: str = ""  # of the file or folder; "emoji" for the bundled model, an LDM
     size: int = 512  # side of the square pictures it was trained on, pixels
-    # Scales the latents to a variance of about 1, that of the noise. 0.18215 in LDM and Stable
-    # Diffusion 1 and 2, 0.13025 in XL.
-    scale_factor: float = 0.18215
+    scale_factor: float = 0.18215  # of latents, to a variance of about 1; 0.13025 in SDXL
     fingerprint: str = ""  # identifies the base model, the same in every precision and layout
     stored: str = ""  # precision of its file, such as "float16"
     short_hash: str = ""  # of its file, as A1111's web UI computes it
     clip_skip: int = 1  # 2: the text encoder's last layer but one is used
-    # steps, batch_size, lr, guidance_scale: this model's own, where they are not the paper's.
-    defaults: dict[str, float] = field(default_factory=dict)
+    defaults: dict[str, float] = field(default_factory=dict)  # steps, lr, ..., if not the paper's
 
     def __post_init__(self):
         for module in (self.unet, self.autoencoder, self.text_encoder):
@@ -193,11 +190,11 @@ class LatentDiffusion:
         """Raise ValueError for a placeholder that is no single word, or that the model knows, and
         for two of the same name."""
         check_names(names)
-        for name in names:
-            if name.isalnum() and len(self.known_ids(name)) == 1:
-                raise ValueError(
-                    f"placeholder {name!r} is an ordinary word of this model; {RENAME}"
-                )
+        known = [name for name in names if name.isalnum() and len(self.known_ids(name)) == 1]
+        if known:
+            raise ValueError(
+                f"placeholder {known[0]!r} is an ordinary word of this model; {RENAME}"
+            )
 
     def check_concepts(self, concepts: Sequence[Concept]) -> None:
         """Raise ValueError for words of another width than the model's, and as
@@ -240,12 +237,9 @@ class LatentDiffusion:
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """Return the shape (C, h, w) of the latents of pictures of `size` (width, height), pixels.
         Raises ValueError for a size that does not fit the model."""
-        factor, unit = self.autoencoder.config.factor, self.unit
-        width, height = size
+        (width, height), factor, unit = size, self.autoencoder.config.factor, self.unit
         if min(size) < unit or width % unit or height % unit:
-            raise ValueError(
-                f"size {width}x{height} does not fit; both must be multiples of {unit}"
-            )
+            raise ValueError(f"size {width}x{height}: both must be multiples of {unit}")
         return self.unet.config.channels, height // factor, width // factor
 
     @torch.no_grad()
