@@ -190,11 +190,9 @@ class LatentDiffusion:
         """Raise ValueError for a placeholder that is no single word, or that the model knows, and
         for two of the same name."""
         check_names(names)
-        known = [name for name in names if name.isalnum() and len(self.known_ids(name)) == 1]
-        if known:
-            raise ValueError(
-                f"placeholder {known[0]!r} is an ordinary word of this model; {RENAME}"
-            )
+        ours = [name for name in names if name.isalnum() and len(self.known_ids(name)) == 1]
+        if ours:
+            raise ValueError(f"placeholder {ours[0]!r} is an ordinary word of this model; {RENAME}")
 
     def check_concepts(self, concepts: Sequence[Concept]) -> None:
         """Raise ValueError for words of another width than the model's, and as
