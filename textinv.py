@@ -18,7 +18,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import random
 import shlex
 import sys
@@ -71,8 +70,7 @@ def entries(text: str) -> tuple[str, ...]:
     return tuple(" ".join(text.split()).split(", "))
 
 
-OBJECT_TEMPLATES = entries(
-    """
+PHOTOS = """
     a photo of a {}, a rendering of a {}, a cropped photo of the {}, the photo of a {}, a photo of
     a clean {}, a photo of a dirty {}, a dark photo of the {}, a photo of my {}, a photo of the
     cool {}, a close-up photo of a {}, a bright photo of the {}, a cropped photo of a {}, a photo
@@ -80,44 +78,35 @@ OBJECT_TEMPLATES = entries(
     of the {}, a photo of the clean {}, a rendition of a {}, a photo of a nice {}, a good photo of
     a {}, a photo of the nice {}, a photo of the small {}, a photo of the weird {}, a photo of the
     large {}, a photo of a cool {}, a photo of a small {}
-    """
-)
+"""
 # For styles the paper's code exchanges the noun and puts the word behind "in the style of".
-STYLE_TEMPLATES = tuple(
-    f"{text} in the style of {{}}"
-    for text in entries(
-        """
-        a painting, a rendering, a cropped painting, the painting, a clean painting, a dirty
-        painting, a dark painting, a picture, a cool painting, a close-up painting, a bright
-        painting, a good painting, a rendition, a nice painting, a small painting, a weird
-        painting, a large painting
-        """
-    )
-)
+PAINTINGS = """
+    a painting, a rendering, a cropped painting, the painting, a clean painting, a dirty painting,
+    a dark painting, a picture, a cool painting, a close-up painting, a bright painting, a good
+    painting, a rendition, a nice painting, a small painting, a weird painting, a large painting
+"""
+OBJECT_TEMPLATES = entries(PHOTOS)
+STYLE_TEMPLATES = tuple(f"{text} in the style of {{}}" for text in entries(PAINTINGS))
 TEMPLATES = {"object": OBJECT_TEMPLATES, "style": STYLE_TEMPLATES}
 
-# The paper's hyperparameters (appendix F) are for LDM and serve Stable Diffusion too; the bundled
-# model has its own (models/emoji/config.json). The rate is multiplied by the batch size, as in the
-# paper: 0.005 x 2 GPUs x 4 pictures = 0.04; one GPU's 4 pictures make 0.02. A guidance scale of 7.5
-# is within the paper's "typical scales (5-10)".
+# The paper's hyperparameters for LDM (appendix F); some models have their own. The rate is
+# multiplied by the batch size: 0.005 x 2 GPUs x 4 pictures = 0.04 in the paper, 0.02 on one GPU.
+# A guidance scale of 7.5 is within the paper's "typical scales (5-10)".
 PAPER = dict(steps=5000, batch_size=4, lr=0.005, guidance_scale=7.5)
 # The paper's High and Low (section 5.2) are 2e-2 and 1e-4 beside a base of 5e-3.
 RATES = {"base": 1.0, "high": 4.0, "low": 0.02}
+STOPS = ("never", "auto")  # after the last step, or once training has converged
 
 # ------------------------------------------------- v*: the new word, a Concept (models/concepts.py)
 
 
 def initial_vectors(model: LatentDiffusion, init_word: str, count: int) -> Tensor:
-    """Return the vectors (count, D) of a coarse description ("cat", appendix F), any phrase.
-
-    A phrase of more tokens than `count` is averaged in `count` consecutive groups; one of fewer
-    is repeated from its beginning. Raises ValueError if the model knows no token of it.
-    """
+    """Return vectors (count, D) for a coarse description ("cat", appendix F): those of its tokens,
+    averaged in `count` consecutive groups where there are more, repeated where there are fewer.
+    Raises ValueError if the model knows no token of it."""
     ids = model.known_ids(init_word)
     if not ids:
-        raise ValueError(
-            f"init word {init_word!r} has no tokens that this model knows; use a word such as cat"
-        )
+        raise ValueError(f"init word {init_word!r} has no tokens that this model knows; try cat")
     vectors = model.text_encoder.token_table[torch.tensor(ids)].float()
     if count <= len(ids):
         return torch.stack([group.mean(0) for group in vectors.tensor_split(count)])
@@ -130,10 +119,8 @@ def initial_vectors(model: LatentDiffusion, init_word: str, count: int) -> Tenso
 def draw_batch(
     model: LatentDiffusion, mean: Tensor, std: Tensor, count: int, generator: torch.Generator
 ) -> tuple[list[int], Tensor, Tensor, Tensor]:
-    """Draw one training batch of `count` = B from the moments (N, C, h, w) of N pictures.
-
-    Returns picture numbers, latents z ~ E(x) (B, C, h, w), timesteps (B,) on the CPU, noise like z.
-    """
+    """Draw a training batch of `count` = B from the moments (N, C, h, w) of N pictures: which ones,
+    latents z ~ E(x) (B, C, h, w), timesteps (B,) on the CPU, noise like z."""
     rows = torch.randint(len(mean), (count,), generator=generator)
     z = mean[rows] + std[rows] * normal(mean[rows], generator)
     t = torch.randint(model.schedule.length, (count,), generator=generator)
@@ -148,11 +135,10 @@ def normal(like: Tensor, generator: torch.Generator) -> Tensor:
 def diffusion_loss(
     model: LatentDiffusion, latents: Tensor, context: Tensor, t: Tensor, noise: Tensor, weight=1.0
 ) -> Tensor:
-    """Return the mean squared error between the prediction and its target (eq. 1 and 2), a scalar,
-    each latent's times `weight` (B, 1, h, w).
+    """Return the mean squared error between the prediction and its target (eq. 1 and 2), a scalar.
 
-    latents and noise (B, C, h, w), t (B,) on the CPU, context (B, L, D). The target is eps, or
-    velocity for models that were trained to predict it; that has nothing to do with the word v.
+    latents and noise (B, C, h, w), t (B,) on the CPU, context (B, L, D), weight of each error
+    (B, 1, h, w). The target is eps, or velocity (not the word v) where the model predicts that.
     """
     x_t = model.schedule.q_sample(latents, t, noise)
     prediction = model.unet(x_t, t.to(x_t.device), context).float()
@@ -161,8 +147,6 @@ def diffusion_loss(
 
 
 # -------------------------------------------------------------------------------------- training
-
-STOPS = ("never", "auto")
 
 
 def train(
@@ -191,25 +175,21 @@ def train(
     """Learn a word by textual inversion (section 3, eq. 2); yield a `State` after each step.
 
     images: a folder, paths or PIL images, 3-5 of one thing; or what `prepare_images` returns.
-    init_word: a coarse description, whose embedding the word starts from. placeholder: the word's
-    name in prompts, any string without spaces. vectors: how many it has. steps, batch_size, lr: by
-    default the paper's (5000, 4, 0.005), or what suits the bundled model or SDXL; the rate is
-    lr * batch_size (appendix F), and lr may be "base", "high" or "low". templates: prompts with {}
-    for the word, one is drawn for each picture of each step; or one such list per picture. flip:
-    mirror half of the pictures; switch it off for things with writing on them. masked: weigh the
-    loss by each picture's alpha channel or NAME.mask.png (white counts, black does not), averaged
-    over each latent's pixels. It is the mean over pictures of each one's weighted mean, so a small
-    thing counts as much as a large one; a picture without a mask counts whole. weight_decay: the
-    paper's code leaves AdamW's default of 0.01 on, which pulls v* towards 0; here it is off.
-    stop: "auto" stops once training has converged, with the best vectors; every tenth step costs
-    eight pictures more without a gradient. gradient_checkpointing: less memory, slower.
+    init_word: a coarse description, whose embedding the word starts from. placeholder: the word in
+    prompts, any string without spaces. vectors: how many it has. steps, batch_size, lr: by default
+    the paper's (5000, 4, 0.005) or the model's own; the rate is lr * batch_size (appendix F), and
+    lr may be "base", "high" or "low". templates: prompts with {} for the word, of which each
+    picture of each step gets one; or such a list per picture. flip: mirror half of the pictures.
+    masked: weigh the loss by alpha channels or NAME.mask.png (white counts); the weights of each
+    picture have mean 1, so a small thing counts as much as a large one. weight_decay: pulls v*
+    towards 0; the paper's code has 0.01. stop: "auto" stops once training has converged, with the
+    best vectors; every tenth step costs eight pictures more. gradient_checkpointing: saves memory.
 
     The setups of section 5.2. regularize: weight of the squared distance of each vector from where
     it started (the paper's code multiplies every difference with every other). progressive, with
-    three vectors: the second joins after 2/5 of the steps, the third after 4/5 (2000 and 4000 of
-    5000 in the paper); AdamW has them from the start, so weight decay acts on them earlier.
-    per_image: also learn a word for each picture, to hold what only that picture shows; the
-    prompts end with "with" and that word.
+    three vectors: the second joins after 2/5 of the steps, the third after 4/5; weight decay acts
+    on all from the start. per_image: also learn a word for each picture, to hold what only it
+    shows; the prompts end with "with" and that word.
 
     resume: the `tensors` of a State; steps are counted from the very beginning. The same seed gives
     the same bits, resumed or not, on one machine with one number of threads and one precision.
@@ -226,14 +206,17 @@ def train(
     start = initial_vectors(model, init_word, vectors)
     pixels = images if isinstance(images, Tensor) else prepare_images(images, model.size, masked)
     texts = templates_by_picture(templates, len(pixels))
+    distinct = list(dict.fromkeys(sum(texts, [])))
     metadata = dict(init_word=init_word, steps=0, lr=lr, batch_size=batch_size, seed=seed)
     metadata |= dict(base_model=model.name, base_model_hash=model.fingerprint)
     metadata |= dict(clip_skip=model.clip_skip) if model.clip_skip > 1 else {}
-    metadata |= dict(templates=json.dumps(list(dict.fromkeys(sum(texts, [])))))
+    metadata |= dict(templates=json.dumps(distinct))
     word = Concept(placeholder, start.clone(), {k: str(v) for k, v in metadata.items()})
-    image_words = start_image_words(model, placeholder, len(pixels)) if per_image else []
-    check_prompts(model, texts, [word, *image_words])
-    mean, std, weight, picture = training_set(model, pixels, flip)
+    average = model.text_encoder.token_table.float().mean(0, keepdim=True)
+    names = [f"{placeholder}-{i + 1}" for i in range(len(texts) if per_image else 0)]
+    image_words = [Concept(name, average.clone()) for name in names]
+    check_prompts(model, distinct, [word, *image_words])
+    mean, std, weight = training_set(model, pixels, flip)
 
     def loss_of(step: int, words: list[Concept]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return eq. 2 on the step's batch, the regularization, and what the loss was computed
@@ -241,9 +224,9 @@ def train(
         draw = random.Random(f"{seed} {step}")
         generator = torch.Generator().manual_seed(draw.getrandbits(32))
         rows, *batch = draw_batch(model, mean, std, batch_size, generator)
-        shown = [picture[i] for i in rows]
+        shown = [row % len(texts) for row in rows]  # the mirrored pictures follow the plain ones
         prompts = [fill_template(draw.choice(texts[i]), words, i) for i in shown][share]
-        latents, t, noise, weights = (part[share] for part in (*batch, weight[rows]))
+        latents, t, noise, weights = (tensor[share] for tensor in (*batch, weight[rows]))
         context = model.encode_text(prompts, words)
         model.unet.gradient_checkpointing = gradient_checkpointing
         loss = diffusion_loss(model, latents, context, t, noise, weights)
@@ -253,11 +236,6 @@ def train(
         parts = dict(autoencoder=latents, text_encoder=context, UNet=loss)
         return loss * part, penalty * part, parts
 
-    @torch.no_grad()
-    def fixed_loss(words: list[Concept]) -> Tensor:
-        """Return eq. 2 on batches that no step draws, of eight pictures or more in all."""
-        return torch.stack([loss_of(s, words)[0] for s in range(0, -8, -batch_size)]).mean()
-
     parameters = [w.vectors.requires_grad_() for w in (word, *image_words)]
     optimizer = torch.optim.AdamW(parameters, lr=lr * batch_size, weight_decay=weight_decay)
     state = State(0, steps, torch.tensor(0.0), word, image_words, parameters, optimizer, start)
@@ -265,18 +243,17 @@ def train(
         state.restore(resume)
     if state.over:
         raise ValueError(f"the run is over after {state.step} steps; ask for more, or start over")
+    return training(model, state, loss_of, batch_size, progressive, stop, on_gradients)
+
+
+def training(
+    model: LatentDiffusion, state: State, loss_of, batch_size, progressive, stop, on_gradients
+) -> Iterator[State]:
+    """Yield the state after each remaining step of `train`, whose closure and options these are."""
+    word, far = state.concept, far_norm(model)
+    # Trap: in fp16 the gradient of the loss, which is divided by the number of latents, is too
+    # small and becomes 0, so the loss is multiplied by `scale`.
     scale = 2.0**12 if model.dtype == torch.float16 else 1.0
-    fixed_loss = fixed_loss if stop == "auto" else None
-    return training(state, loss_of, fixed_loss, progressive, scale, on_gradients, far_norm(model))
-
-
-def training(state: State, loss_of, fixed_loss, progressive, scale, on_gradients, far):
-    """Yield the state after each remaining step of `train`, whose closures and options these are.
-
-    Trap: in fp16 the gradient of the loss, which is divided by the number of latents, is too small
-    and becomes 0, so the loss is multiplied by `scale`.
-    """
-    parameters, word = state.parameters, state.concept
     for step in range(state.step + 1, state.steps + 1):
         words = [word, *state.image_words]
         if progressive:  # the second vector joins after 2/5 of the steps, the third after 4/5
@@ -285,7 +262,7 @@ def training(state: State, loss_of, fixed_loss, progressive, scale, on_gradients
         loss, penalty, parts = loss_of(step, words)
         state.optimizer.zero_grad()
         ((loss + penalty) * scale).backward()
-        gradients = [vectors.grad.div_(scale) for vectors in parameters]
+        gradients = [vectors.grad.div_(scale) for vectors in state.parameters]
         loss = loss.detach()
         if on_gradients:
             on_gradients(loss, gradients)
@@ -293,14 +270,16 @@ def training(state: State, loss_of, fixed_loss, progressive, scale, on_gradients
         state.optimizer.step()
         if (norm := word.vectors.detach().norm(dim=1).max().item()) > far:
             warnings.warn(
-                f"step {step}: the word's norm is {norm:,.0f}, far from all words of the model, so "
-                "it is useless in prompts; start over with a lower lr (--lr base)"
+                f"step {step}: the word's norm is {norm:,.0f}, far from all words of the model; it "
+                "is useless in prompts, so start over with a lower lr (--lr base)"
             )
             far = math.inf  # said once
         word.metadata["steps"] = str(step)
         state = replace(state, step=step, loss=loss, concept=words[0], fixed_loss=None)
-        if fixed_loss and step % STOP_EVERY == 0:
-            fixed = fixed_loss(words)
+        if stop == "auto" and step % STOP_EVERY == 0:
+            with torch.no_grad():  # batches that no step draws, of eight pictures or more in all
+                losses = [loss_of(s, words)[0] for s in range(0, -8, -batch_size)]
+            fixed = torch.stack(losses).mean()
             if on_gradients:
                 on_gradients(fixed, [])
             state.note(fixed.item())
@@ -323,8 +302,8 @@ def check_finite(step: int, gradients: Sequence[Tensor], parts: Mapping[str, Ten
         broken = (name for name, tensor in parts.items() if not tensor.isfinite().all())
         part = next(broken, "gradient").replace("_", " ")
         raise NotFinite(
-            f"step {step}: the {part} gave NaN or infinity; the word is left as it was before that "
-            "step; start over with another --out and --precision bf16 or fp32, or a lower --lr"
+            f"step {step}: the {part} gave NaN or infinity; the word is as before that step. Start "
+            "over with another --out and --precision bf16 or fp32, or a lower --lr"
         )
 
 
@@ -343,23 +322,22 @@ def check_setup(vectors, weight_decay, regularize, progressive, stop, seed) -> N
     if progressive and vectors != 3:
         raise ValueError(f"progressive training ends with 3 vectors, not with {vectors}")
     if progressive and stop != "never":
-        raise ValueError(
-            "progressive training ends with its last step, not by stop 'auto'; leave that out"
-        )
+        raise ValueError("progressive training cannot end by stop 'auto'; leave that out")
 
 
 def hyperparameters(model: LatentDiffusion | None, steps, batch_size, lr) -> tuple[int, int, float]:
     """Return steps, batch size and learning rate: those given, else the model's or the paper's."""
     defaults = PAPER | (model.defaults if model else {})
-    if isinstance(lr, str):
-        if lr not in RATES:
-            raise ValueError(f"lr {lr!r} is not known; use a number, {', '.join(RATES)}")
-        lr = defaults["lr"] * RATES[lr]
-    given = dict(steps=steps, batch_size=batch_size, lr=lr)
-    chosen = {k: defaults[k] if v is None else v for k, v in given.items()}
-    check_range(1, steps=chosen["steps"], batch_size=chosen["batch_size"])
-    check_range(1e-9, lr=chosen["lr"])
-    return chosen["steps"], chosen["batch_size"], chosen["lr"]
+    steps = defaults["steps"] if steps is None else steps
+    batch_size = defaults["batch_size"] if batch_size is None else batch_size
+    lr = "base" if lr is None else lr
+    try:
+        lr = defaults["lr"] * RATES[lr] if lr in RATES else float(lr)
+    except ValueError:
+        raise ValueError(f"lr {lr!r} is not known; use a number, {', '.join(RATES)}") from None
+    check_range(1, steps=steps, batch_size=batch_size)
+    check_range(1e-9, lr=lr)
+    return steps, batch_size, lr
 
 
 def templates_by_picture(templates, pictures: int) -> list[list[str]]:
@@ -379,51 +357,37 @@ def fill_template(template: str, words: Sequence[Concept], picture: int) -> str:
     return f"{prompt} with {words[1 + picture].placeholder}" if words[1:] else prompt
 
 
-def check_prompts(model: LatentDiffusion, texts: list[list[str]], words: list[Concept]) -> None:
+def check_prompts(model: LatentDiffusion, templates: list[str], words: list[Concept]) -> None:
     """Raise ValueError for a training prompt whose word the text encoder does not read: "my-cats"
     does not contain the word my-cat, and the end of a long prompt is cut off."""
     placeholders, word = model.placeholders(words), words[0].placeholder
-    prompts = [fill_template(text, words, -2) for text in dict.fromkeys(sum(texts, []))]
-    for prompt in prompts:
+    for template in templates:
+        prompt = fill_template(template, words, len(words) - 2)  # with the last picture's word
         ids = model.tokenizer.token_ids(prompt, placeholders)
         model.warn_if_cut(prompt, len(ids))
         if not set(placeholders[word]) <= set(model.tokenizer.frame(ids)):
             raise ValueError(
                 f"{word} is not read in {prompt!r}: it touches other letters, or its vectors do "
-                f"not fit into {model.tokenizer.max_length - 2} tokens; use a name like <cat>, "
-                "fewer vectors or a shorter template"
+                "not all fit; use a name like <cat>, fewer vectors or a shorter template"
             )
-
-
-def start_image_words(model: LatentDiffusion, placeholder: str, count: int) -> list[Concept]:
-    """Return <s>-1, <s>-2, ...: a word of one vector per picture, all at the mean of the table."""
-    mean = model.text_encoder.token_table.float().mean(0, keepdim=True)
-    return [Concept(f"{placeholder}-{i + 1}", mean.clone()) for i in range(count)]
 
 
 def training_set(model: LatentDiffusion, pixels: Tensor, flip: bool) -> tuple:
     """Return mean and standard deviation (M, C, h, w) of the latents of pixels (N, 3 or 4, H, W),
-    each picture plain and, with `flip`, mirrored; the weights (M, 1, h, w) of the loss, of mean 1,
-    from the fourth channel; and a list of which picture each of the M shows.
-
-    The autoencoder runs once per view; each step samples z ~ E(x) from these moments anew.
-    """
+    first plain and, with `flip`, then mirrored; and the weights (M, 1, h, w) of the loss, of mean
+    1, from the fourth channel. The autoencoder runs only here."""
     views = torch.cat([pixels, pixels.flip(-1)] if flip else [pixels])
     moments = [model.encode_moments(image[None, :3]) for image in views]
     mean, std = (torch.cat(parts) for parts in zip(*moments))
     masks = (views[:, 3:] + 1) / 2 if views.shape[1] > 3 else torch.ones(len(views), 1, 1, 1)
     weight = F.adaptive_avg_pool2d(masks, mean.shape[-2:]).to(mean)
-    if not (mean.isfinite().all() and std.isfinite().all()):
-        raise NotFinite("the autoencoder gave NaN or infinity; try --precision bf16 or fp32")
-    weight = weight / weight.mean((1, 2, 3), keepdim=True)
-    return mean, std, weight, [*range(len(pixels))] * (1 + flip)
+    return mean, std, weight / weight.mean((1, 2, 3), keepdim=True)
 
 
 def invert(
     model: LatentDiffusion, images: Images, init_word: str, progress: bool = False, **options
 ) -> Concept:
-    """Return the learnt word after the last step of `train`; same arguments, and a bar of
-    `progress` if that is asked for."""
+    """Return the learnt word after the last step of `train`, which has the other arguments."""
     states = train(model, images, init_word, **options)
     total = hyperparameters(model, options.get("steps"), None, None)[0]
     for state in tqdm(states, total=total, unit="step", disable=not progress):
@@ -477,19 +441,16 @@ def sample(
     """Draw n pictures of each prompt, all of one prompt in a row.
 
     Brackets in prompts are weights, "(word:1.2)", see models/tokenizers.py. All prompts of a call
-    get as many chunks of 75 tokens as the longest. negative: a prompt for what shall not be seen.
-    guidance_scale: 1 is none; the default is 7.5, 5 for SDXL, 3 for the bundled model. sampler:
-    "dpm++" (14 steps unless told otherwise) or the paper's "ddim" (50). eta: 0 is deterministic, 1
-    as noisy as DDPM. size: pixels, one number or (width, height). Picture i of a prompt starts
-    from noise of seed + i, whatever else is drawn with it. Raises ValueError for numbers out of
-    range and foreign words.
+    get as many chunks of 75 tokens as the longest. negative: a prompt for what should not be seen.
+    guidance_scale: 1 is none; by default 7.5, or the model's own. sampler: "dpm++" (14 steps by
+    default) or the paper's "ddim" (50). eta: 0 is deterministic, 1 as noisy as DDPM. size: pixels,
+    one number or (width, height). Picture i of a prompt starts from noise of seed + i, whatever
+    else is drawn with it. Raises ValueError for numbers out of range and foreign words.
     """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not prompts:
-        return []
+    prompts = [prompts] if isinstance(prompts, str) else prompts
     run, steps, _ = check_sampling(sampler, steps, n, eta, seed)
     check_range(1, batch_size=batch_size)
-    scale = guidance_of(model, guidance_scale)
+    scale, device = guidance_of(model, guidance_scale), model.device
     size = model.size if size is None else size
     shape = model.latent_shape((size, size) if isinstance(size, int) else size)
     context, uncond = model.conditioning(prompts, concepts, negative)
@@ -499,10 +460,8 @@ def sample(
         rows, seeds = zip(*jobs[first : first + batch_size])
         generators = [torch.Generator().manual_seed(s) for s in seeds]
 
-        def draw(generators=generators) -> Tensor:
-            """Return noise (B, C, h, w) on the model's device, from each picture's generator."""
-            noise = [torch.randn(shape, generator=g) for g in generators]
-            return torch.stack(noise).to(model.device)
+        def draw(generators=generators) -> Tensor:  # (B, C, h, w), each row from its own seed
+            return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
         guide = dict(context=context[list(rows)], uncond=uncond, guidance_scale=scale)
         predict = partial(model.guided, **guide)
@@ -527,12 +486,10 @@ def load_for(args: argparse.Namespace) -> LatentDiffusion:
 
 
 def run_invert(args: argparse.Namespace) -> int:
-    """learn a word from pictures"""
+    """learn a word from pictures: invert examples/concepts/mushroom --init-word plant"""
     out, placeholder = target_of(args)
     check_range(1, save_every=args.save_every)
     check_range(0, preview_every=args.preview_every or 0)
-    if args.resume and args.overwrite:
-        raise ValueError("--resume continues a run and --overwrite starts over; give one of them")
     if args.save_image_words and not args.per_image:
         raise ValueError("--save-image-words saves the words of --per-image; add that, or drop it")
     paths = find_images(args.images)
@@ -543,30 +500,38 @@ def run_invert(args: argparse.Namespace) -> int:
     run.look(args.resume, args.overwrite)  # raises where files of another run would be lost
     warn_of_photographs(paths, args.model is None)  # raises for damaged ones
     model = load_for(args)
-    initial_vectors(model, args.init_word, 1)  # raises for a word that the model does not know
     ids = model.tokenizer.token_ids(args.init_word)
-    print(f"init word {args.init_word!r}: {len(ids)} token(s), ids {ids}")
+    initial_vectors(model, args.init_word, 1)  # raises for a word that the model does not know
     if len(ids) > len(args.init_word.split()):
         warnings.warn(f"this model spells {args.init_word!r} in pieces; a word it knows is better")
-    model.size = model.size if args.size is None else args.size
+    model.size = args.size or model.size
     model.latent_shape((model.size, model.size))  # raises for a size that does not fit
     pixels = prepare_images(paths, model.size, args.masked)
     options |= training_options(args, model, templates)
-    run.settings, steps = options | fingerprints(model, pixels, options), options["steps"]
+    # What must be the same on resuming; of progressive words also the number of steps.
+    run.settings = options | dict(progressive=options["steps"] if args.progressive else None)
+    run.settings |= dict(model=model.name, fingerprint=model.fingerprint, clip_skip=model.clip_skip)
+    run.settings |= dict(prediction=model.schedule.prediction, precision=str(model.dtype))
+    run.settings |= dict(pictures=hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:16])
     saved = run.look(args.resume, args.overwrite)
-    done = int(saved["step"]) if saved else 0
     if args.resume and not saved:
         warnings.warn(f"there is no run at {out} to continue; it starts over")
-    if saved and out.exists() and (done == steps or converged(saved.get("losses", []))):
+    done = int(saved["step"]) if saved else 0
+    if done and out.exists() and (done == options["steps"] or converged(saved.get("losses", []))):
         print(f"the run is over after {done} steps; the word is in {out}")
         return 0
-    options |= dict(gradient_checkpointing=args.gradient_checkpointing, resume=saved)
-    states = train(model, pixels, **options)
+    return learn(args, run, model, pixels, options | dict(resume=saved))
+
+
+def learn(args: argparse.Namespace, run: Run, model: LatentDiffusion, pixels, options) -> int:
+    """Train with the options, write the files of the run, and return the exit status."""
+    states = train(model, pixels, gradient_checkpointing=args.gradient_checkpointing, **options)
+    placeholder, steps, saved = options["placeholder"], options["steps"], options["resume"]
     run.begin(anew=saved is None)
     inputs = grid(to_pil(pixels), least=LOOKED_AT)
     write_png(run.path("inputs.png"), inputs, {"what": "what the model sees"}, True)
-    resumed = f", from step {done} on" if done else ""
-    print(f"learning {placeholder} from {len(paths)} picture(s), {steps} steps{resumed}, to {out}")
+    since = f", from step {int(saved['step'])} on" if saved else ""
+    print(f"learning {placeholder}: {len(pixels)} picture(s), {steps} steps{since}, to {run.out}")
 
     def preview(state: State) -> Image.Image:
         prompt = f"a photo of {placeholder}"
@@ -574,10 +539,19 @@ def run_invert(args: argparse.Namespace) -> int:
 
     preview_every = max(1, steps // 3) if args.preview_every is None else args.preview_every
     state = run.follow(states, args.save_every, preview_every, preview)
-    if state.over and state.step < steps:
+    if not state.over:
+        again = shlex.join(["python", *sys.argv, *["--resume"] * (not args.resume)])
+        print(f"stopped; the word so far is in {run.out}; continue with: {again}")
+        return 130
+    if state.step < steps:
         print(f"converged after {state.step} of {steps} steps")
-    print(what_next(args, out, placeholder, state.over))
-    return 0 if state.over else 130
+    draw = ["sample", f"a photo of {placeholder}", "--concept", str(run.out)]
+    if run.out.suffix.lower() == ".pt":  # A1111's: the word is called after its file
+        draw += ["--rename", f"{run.out.name}={placeholder}"]
+    draw += ["--model", args.model] if args.model else []
+    draw += ["--clip-skip", str(args.clip_skip)] if args.clip_skip > 1 else []
+    print(f"wrote {run.out}; try: python textinv.py {shlex.join(draw)}")
+    return 0
 
 
 def named_after(path: str | Path) -> str:
@@ -587,44 +561,29 @@ def named_after(path: str | Path) -> str:
 
 
 def target_of(args: argparse.Namespace) -> tuple[Path, str]:
-    """Return the word's file and its placeholder. Both default to the name of the pictures' folder:
-    "my cat" becomes <my-cat>."""
+    """Return the word's file and its placeholder, by default called after the pictures' folder."""
     source = Path(args.images).resolve()
     name = Path(args.out).stem if args.out else source.stem if source.is_file() else source.name
     out = Path(args.out or f"{shortened(name, 200)}.safetensors")
     default_format(out.suffix)  # raises if words are not written with this ending
     free_target(out, overwrite=True)  # raises if nothing can be written there
     if source.is_dir() and out.resolve().parent == source:
-        raise ValueError(
-            f"{out} lies among the pictures to learn from, and so would the previews; write it "
-            f"elsewhere, for example --out {os.path.relpath(source.parent / out.name)}"
-        )
+        raise ValueError(f"{out} lies among the pictures; write it elsewhere: --out ../{out.name}")
     placeholder = named_after(name) if args.placeholder is None else args.placeholder
     check_names([placeholder])
     return out, placeholder
 
 
 def training_options(args: argparse.Namespace, model: LatentDiffusion | None, templates) -> dict:
-    """Return the options of `train` that decide what is learnt; without the model, numbers that it
-    decides are the paper's. Raises ValueError for options that do not fit."""
-    if not (args.init_word or "").strip():
+    """Return the options of `train` that decide what is learnt; without a model, the paper's."""
+    if not args.init_word.strip():
         raise ValueError("--init-word is missing: what the pictures show, in a word such as cat")
     steps, batch_size, lr = hyperparameters(model, args.steps, args.batch_size, args.lr)
     vectors = (3 if args.progressive else 1) if args.vectors is None else args.vectors
     check_setup(vectors, args.weight_decay, args.regularize, args.progressive, args.stop, args.seed)
+    options = dict(vectors=vectors, templates=templates, steps=steps, batch_size=batch_size, lr=lr)
     same = "init_word seed stop masked per_image weight_decay regularize progressive".split()
-    options = {name: getattr(args, name) for name in same} | dict(flip=not args.no_flip)
-    options |= dict(vectors=vectors, templates=templates)
-    return options | dict(steps=steps, batch_size=batch_size, lr=lr)
-
-
-def fingerprints(model: LatentDiffusion, pixels: Tensor, options: dict) -> dict:
-    """Return what else must be the same when a run is resumed: model and pictures."""
-    found = dict(model=model.name, fingerprint=model.fingerprint, precision=str(model.dtype))
-    found |= dict(prediction=model.schedule.prediction, clip_skip=model.clip_skip)
-    found |= dict(pictures=hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:16])
-    # The vectors of a progressive word join by the number of steps; other runs may get more steps.
-    return found | dict(progressive=options["steps"] if options["progressive"] else None)
+    return options | {name: getattr(args, name) for name in same} | dict(flip=not args.no_flip)
 
 
 def read_templates(choice: str, pictures: Sequence[Path], placeholder: str = "{}") -> list:
@@ -632,21 +591,8 @@ def read_templates(choice: str, pictures: Sequence[Path], placeholder: str = "{}
     return list(TEMPLATES.get(choice) or written_templates(choice, pictures, placeholder))
 
 
-def what_next(args: argparse.Namespace, out: Path, placeholder: str, over: bool) -> str:
-    """Return a line with what was written and the command to use it, or to continue."""
-    if not over:
-        command = shlex.join(["python", *sys.argv, *["--resume"] * (not args.resume)])
-        return f"stopped; the word so far is in {out}; continue with: {command}"
-    again = ["sample", f"a photo of {placeholder}", "--concept", str(out)]
-    again += ["--rename", f"{out.name}={placeholder}"] * (out.suffix.lower() == ".pt")  # A1111's
-    again += ["--model", args.model] if args.model else []
-    again += ["--clip-skip", str(args.clip_skip)] if args.clip_skip > 1 else []
-    return f"wrote {out}; try: python textinv.py {shlex.join(again)}"
-
-
 def words_for(args: argparse.Namespace, prompts: Sequence[str]) -> list[Concept]:
-    """Return the words for some prompts, and check the prompts before anything slow. Warns of words
-    that no prompt uses."""
+    """Return the learnt words for some prompts, which are checked here, before anything slow."""
     concepts = words_in(args.concept, args.rename)
     known = [concept.placeholder for concept in concepts]
     texts = [without_weights(prompt, known) for prompt in prompts]  # raises for a faulty weight
@@ -658,18 +604,14 @@ def words_for(args: argparse.Namespace, prompts: Sequence[str]) -> list[Concept]
 
 
 def run_sample(args: argparse.Namespace) -> None:
-    """draw prompts with learnt words"""
+    """draw prompts with learnt words: sample "a small <mushroom>" --concept mushroom.safetensors"""
     out = free_target(args.out, args.overwrite, ".png")
     _, steps, title = check_sampling(args.sampler, args.steps, args.n, args.eta, args.seed)
     guidance_of(None, args.guidance)  # raises for one that is no number
     if not (prompts := args.texts + args.prompts):
         raise ValueError("no prompt given; give PROMPT in quotes, or --prompts FILE")
-    if Path(args.singles or "").suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
-        raise ValueError(f"--singles {args.singles} is a picture's name; give a folder")
-    singles = [Path(args.singles or "") / f"{i:04d}.png" for i in range(args.n * len(prompts))]
-    for path in singles if args.singles else ():
-        if free_target(path, args.overwrite).resolve() == out.resolve():
-            raise ValueError(f"--out {out} is also a picture of --singles; write it elsewhere")
+    count = args.n * len(prompts) if args.singles else 0
+    singles = [free_target(Path(args.singles, f"{i:04}.png"), args.overwrite) for i in range(count)]
     concepts, model = words_for(args, [*prompts, args.negative]), load_for(args)
     model.check_concepts(concepts)
     settings = dict(sampler=args.sampler, steps=steps, eta=args.eta, seed=args.seed)
@@ -681,7 +623,7 @@ def run_sample(args: argparse.Namespace) -> None:
     images, seeds = [], [*range(args.seed, args.seed + args.n)] * len(prompts)
     for prompt in tqdm(prompts, unit="prompt", disable=len(prompts) == 1):
         for image in sample(model, prompt, concepts, n=args.n, **settings):
-            if args.singles:
+            if singles:
                 text = {"prompt": prompt, "settings": info | dict(seed=seeds[len(images)])}
                 write_png(singles[len(images)], image, text, args.overwrite)
             images.append(image)
@@ -692,14 +634,13 @@ def run_sample(args: argparse.Namespace) -> None:
 
 
 def run_convert(args: argparse.Namespace) -> None:
-    """write a word in another program's format"""
+    """write a word in another program's format: convert mushroom.safetensors mushroom.pt"""
     out = free_target(args.out, args.overwrite)
     concepts = load_concepts(args.source)
     chosen = [c for c in concepts if args.word in (None, c.placeholder)]
     if len(chosen) != 1:
         names = ", ".join(concept.placeholder for concept in concepts)
-        wrong = f", not {args.word}" if args.word else ""
-        raise ValueError(f"{args.source} holds {names}{wrong}; say which one with --word")
+        raise ValueError(f"{args.source} holds {names}; say which one with --word")
     concept = chosen[0]
     if args.placeholder is not None:
         check_names([args.placeholder])
@@ -713,7 +654,7 @@ def run_convert(args: argparse.Namespace) -> None:
 
 
 def run_show(args: argparse.Namespace) -> None:
-    """look into a word, a model or a prompt"""
+    """look into a word, a model or a prompt: show --word mushroom.safetensors"""
     if not (args.word_file or args.prompt or args.model):
         raise ValueError("nothing to show; give --word FILE, --model PATH or --prompt TEXT")
     args.concept = [*args.concept, *filter(None, [args.word_file])]
@@ -724,16 +665,12 @@ def run_show(args: argparse.Namespace) -> None:
     elif args.word_file:
         show_words(words, model)
     else:
-        show_model(model)
-
-
-def show_model(model: LatentDiffusion) -> None:
-    print(f"stored as {model.stored}")
-    for name in ("unet", "autoencoder", "text_encoder"):
-        count = sum(p.numel() for p in getattr(model, name).parameters())
-        print(f"{name:12} {count / 1e6:8,.1f}M parameters")
-    width, length = model.text_encoder.token_table.shape[1], model.tokenizer.max_length
-    print(f"words of {width} numbers, {length} tokens a prompt, pictures of {model.size} pixels")
+        print(f"stored as {model.stored}")
+        for name in ("unet", "autoencoder", "text_encoder"):
+            count = sum(p.numel() for p in getattr(model, name).parameters())
+            print(f"{name:12} {count / 1e6:8,.1f}M parameters")
+        width, length = model.text_encoder.token_table.shape[1], model.tokenizer.max_length
+        print(f"{width} numbers a word, {length} tokens a prompt, pictures of {model.size} pixels")
 
 
 def show_prompt(prompt: str, concepts: Sequence[Concept], model: LatentDiffusion) -> None:
@@ -751,93 +688,84 @@ def show_words(concepts: Sequence[Concept], model: LatentDiffusion) -> None:
     low, middle, high = table.norm(dim=1).quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
     for concept in concepts:
         count, width = concept.vectors.shape
-        other = f", but this model's words have {table.shape[1]}" * (width != table.shape[1])
-        print(f"{concept.placeholder}: {count} vector(s) of {width} numbers{other}")
+        print(f"{concept.placeholder}: {count} vector(s) of {width} numbers, {table.shape[1]} here")
         for key, value in concept.metadata.items():
-            print(f"  {key}: {value if len(value) < 200 else value[:200] + '...'}")
+            print(f"  {key}: {value:.200}")
         for vector in concept.vectors:
             line = f"  norm {vector.norm():.3f} (words here: {low:.3f}, {middle:.3f}, {high:.3f})"
-            if not other:
-                near = F.cosine_similarity(vector[None], table).topk(5)
-                pairs = zip(near.indices.tolist(), near.values.tolist())
-                line += (
-                    f"; nearest: {', '.join(f'{model.token_text(i)} {c:.2f}' for i, c in pairs)}"
-                )
+            if width == table.shape[1]:
+                cosines, ids = F.cosine_similarity(vector[None], table).topk(5)
+                near = zip(map(model.token_text, ids.tolist()), cosines.tolist())
+                line += "; nearest: " + ", ".join(f"{text} {cosine:.2f}" for text, cosine in near)
             print(line)
         model.warn_of_another_model(concept)
 
 
-def learning_rate(text: str) -> float | str:
-    try:
-        return text if text in RATES else float(text)
-    except ValueError:
-        message = f"{text!r} is no learning rate; use a number, {', '.join(RATES)}"
-        raise argparse.ArgumentTypeError(message) from None
-
-
 # Every option by the name that VERBS uses; `flag` is its name on the command line if that differs.
 OPTIONS: dict[str, dict] = dict(
-    images=dict(flag="images", help="folder with 3-5 pictures of one thing"),
-    texts=dict(flag="texts", nargs="*", metavar="PROMPT", help="(word:1.2) weighs a word"),
-    prompts=dict(type=text_lines, default=[], metavar="FILE", help="text file, a prompt a line"),
-    negative=dict(default="", metavar="TEXT", help="a prompt for what shall not be seen"),
-    source=dict(flag="source", metavar="IN", help="a word's file"),
-    target=dict(flag="out", metavar="OUT", help="the file to write"),
-    model=dict(metavar="NAME|PATH", help="sd15, sd21, sdxl, ldm, file, folder (default: bundled)"),
-    family=dict(choices=FAMILIES, help="family of the checkpoint, if its keys do not tell"),
-    prediction=dict(choices=("eps", "v"), help="what it predicts, if the file does not tell"),
-    vae=dict(metavar="PATH", help="another autoencoder, file or folder"),
-    clip_skip=dict(type=int, default=1, choices=(1, 2), help="2 for models trained so (SD 1 only)"),
-    device=dict(help="cuda, mps or cpu (default: the best there is)"),
-    precision=dict(choices=PRECISIONS, help="of UNet and autoencoder (default: the device's best)"),
-    seed=dict(type=int, default=0, help="of all random numbers (default 0)"),
+    images=dict(flag="images", metavar="IMAGES", help="folder with 3-5 pictures of one thing"),
+    texts=dict(flag="texts", nargs="*", metavar="PROMPT", help="what to draw, in quotes"),
+    prompts=dict(type=text_lines, default=[], metavar="FILE", help="text file, a prompt per line"),
+    negative=dict(default="", metavar="TEXT", help="what should not be seen, such as blurry"),
+    source=dict(flag="source", metavar="IN", help="a word's file, from here or another program"),
+    target=dict(flag="out", metavar="OUT", help="file to write: .safetensors, .pt or .png"),
+    model=dict(metavar="NAME|PATH", help="sd15, sd21, sdxl, ldm, file or folder (a small model)"),
+    family=dict(choices=FAMILIES, help="kind of model (detected)"),
+    prediction=dict(choices=("eps", "v"), help="what the model predicts (detected)"),
+    vae=dict(metavar="PATH", help="another autoencoder, file or folder (the model's)"),
+    clip_skip=dict(type=int, default=1, choices=(1, 2), help="2 if an SD 1 model asks for it (1)"),
+    device=dict(help="cuda, mps or cpu (the fastest here)"),
+    precision=dict(choices=PRECISIONS, help="16 bits halve the memory (the device's best)"),
+    seed=dict(type=int, default=0, help="another number gives another result (0)"),
     overwrite=dict(action="store_true", help="replace files of the same name"),
     concept=dict(action="append", default=[], metavar="FILE", help="a word's file; repeatable"),
-    rename=dict(action="append", default=[], metavar="OLD=NEW", help="rename the word of file OLD"),
-    init_word=dict(metavar="WORDS", help="coarse description to start from, such as cat"),
-    placeholder=dict(type=nfc, metavar="WORD", help="the word's name in prompts (<NAME OF OUT>)"),
-    word_out=dict(flag="--out", metavar="FILE", help="the word's file (FOLDER.safetensors)"),
-    resume=dict(action="store_true", help="continue a run that was stopped"),
-    vectors=dict(type=int, help="vectors per word (default 1; 3 if progressive)"),
-    training_steps=dict(flag="--steps", type=int, help="steps (5000; SDXL 2000; bundled 600)"),
-    training_size=dict(flag="--size", type=side, help="pixels (default: the model's own size)"),
-    batch_size=dict(type=int, help="pictures per step (4; SDXL 1; bundled 8)"),
-    lr=dict(type=learning_rate, help="rate per picture (0.005; SDXL 0.002), or base, high, low"),
-    stop=dict(choices=STOPS, default="never", help="auto: stop once the word has converged"),
-    weight_decay=dict(type=float, default=0.0, help="AdamW's weight decay (default 0)"),
-    regularize=dict(type=float, default=0.0, metavar="W", help="keep the word near its init word"),
+    rename=dict(action="append", default=[], metavar="FILE=WORD", help="call a file's word WORD"),
+    init_word=dict(default="", metavar="WORD", help="needed: what the pictures show, such as cat"),
+    placeholder=dict(type=nfc, metavar="WORD", help="the word in prompts (<cat> for cat.pt)"),
+    word_out=dict(flag="--out", metavar="FILE", help="file for the word (IMAGES.safetensors)"),
+    resume=dict(action="store_true", help="continue a run that was stopped; repeat its options"),
+    vectors=dict(type=int, help="how many per word; more hold more detail (1; 3 if progressive)"),
+    training_steps=dict(flag="--steps", type=int, help="how many (5000; SDXL 2000; bundled 600)"),
+    training_size=dict(flag="--size", type=side, help="pixels; less saves memory (the model's)"),
+    batch_size=dict(type=int, help="pictures per step; fewer save memory (4; SDXL 1; bundled 8)"),
+    lr=dict(help="learning rate per picture; base, high, low (0.005; SDXL 0.002; bundled 0.0025)"),
+    stop=dict(choices=STOPS, default="never", help="auto stops when the word is good (never)"),
+    weight_decay=dict(type=float, default=0.0, help="pulls the word to 0; the paper has 0.01 (0)"),
+    regularize=dict(type=float, default=0.0, help="keeps the word near --init-word; try 0.01 (0)"),
     progressive=dict(action="store_true", help="train one vector, then two, then three"),
-    per_image=dict(action="store_true", help="also learn a word for each picture"),
+    per_image=dict(action="store_true", help="also a word per picture, for its own details"),
     save_image_words=dict(action="store_true", help="save the words of --per-image too"),
-    templates=dict(default="object", help="object, style, captions, a file, or 'a photo of {}'"),
-    no_flip=dict(action="store_true", help="do not mirror the pictures"),
-    masked=dict(action="store_true", help="learn what alpha or NAME.mask.png shows in white"),
-    gradient_checkpointing=dict(action="store_true", help="less memory, slower"),
-    preview_every=dict(type=int, metavar="N", help="preview every N steps; 0: none (steps / 3)"),
-    save_every=dict(type=int, default=50, metavar="N", help="save a state every N steps (50)"),
-    n=dict(flag="-n", type=int, default=4, help="pictures per prompt (default 4)"),
-    sampler=dict(choices=SAMPLERS, default="dpm++", help="dpm++ (default), or the paper's ddim"),
-    steps=dict(type=int, help="sampling steps (default 14; ddim 50)"),
-    guidance=dict(type=float, metavar="SCALE", help="1 is no guidance (7.5; SDXL 5; bundled 3)"),
-    eta=dict(type=float, default=0.0, help="0 draws no noise, 1 as much as DDPM (default 0)"),
-    size=dict(type=picture_size, metavar="W[xH]", help="pixels (default: the model's own size)"),
-    grid_out=dict(flag="--out", default="grid.png", metavar="FILE", help="the grid (grid.png)"),
-    singles=dict(metavar="FOLDER", help="also save each picture by itself"),
-    format=dict(choices=FORMATS, help="layout of OUT (default: by its ending)"),
-    word_file=dict(flag="--word", dest="word_file", metavar="FILE", help="show this word"),
+    templates=dict(default="object", help="train on style, captions, a file, 'my {}' (object)"),
+    no_flip=dict(action="store_true", help="do not mirror the pictures: things with writing"),
+    masked=dict(action="store_true", help="ignore what is transparent, or black in NAME.mask.png"),
+    gradient_checkpointing=dict(action="store_true", help="less memory, but slower"),
+    preview_every=dict(type=int, metavar="STEPS", help="when to draw; 0: never (--steps / 3)"),
+    save_every=dict(type=int, default=50, metavar="STEPS", help="when to save the run (50)"),
+    n=dict(flag="-n", type=int, default=4, help="pictures per prompt (4)"),
+    sampler=dict(choices=SAMPLERS, default="dpm++", help="the paper's is ddim, slower (dpm++)"),
+    steps=dict(type=int, help="sampling steps; more are slower and finer (14; ddim 50)"),
+    guidance=dict(type=float, help="1 to 15, how much the prompt counts (7.5; SDXL 5; bundled 3)"),
+    eta=dict(type=float, default=0.0, help="fresh noise in each step, from 0 to 1 (0)"),
+    size=dict(type=picture_size, metavar="W[xH]", help="pixels, such as 512x768 (the model's)"),
+    grid_out=dict(flag="--out", default="grid.png", metavar="FILE", help="all pictures (grid.png)"),
+    singles=dict(metavar="FOLDER", help="also save each picture by itself there"),
+    format=dict(choices=FORMATS, help="for which program (by the ending of OUT)"),
+    word_file=dict(flag="--word", dest="word_file", metavar="FILE", help="look into this word"),
     prompt=dict(metavar="TEXT", help="show the tokens of this prompt, and their weights"),
     word=dict(type=nfc, metavar="WORD", help="which word, if IN holds several"),
-    picture=dict(metavar="FILE", help="picture that carries the word, for an OUT.png"),
+    picture=dict(metavar="FILE", help="picture to put the word into, for an OUT that is a .png"),
 )
-MODEL = " model vae family prediction clip_skip device precision"
-VERBS = {
-    run_invert: "images init_word placeholder word_out resume overwrite vectors training_steps "
-    "batch_size lr stop weight_decay regularize progressive per_image save_image_words templates "
-    "training_size no_flip masked gradient_checkpointing preview_every save_every seed" + MODEL,
-    run_sample: "texts prompts negative concept rename n sampler steps guidance eta size grid_out "
-    "singles overwrite seed" + MODEL,
+LOADING = "vae family prediction clip_skip device precision"
+MODEL = f" model {LOADING}"
+VERBS = {  # their options in the order of --help: what everybody needs, then by subject
+    run_invert: "images init_word word_out model placeholder vectors templates masked no_flip "
+    "training_size training_steps stop batch_size lr regularize weight_decay progressive per_image "
+    "save_image_words gradient_checkpointing seed resume overwrite save_every preview_every "
+    + LOADING,
+    run_sample: "texts concept model n negative guidance steps size seed grid_out singles "
+    "overwrite prompts rename sampler eta " + LOADING,
     run_convert: "source target format placeholder word picture overwrite",
-    run_show: "word_file prompt concept rename" + MODEL,
+    run_show: "word_file prompt model concept rename " + LOADING,
 }
 
 
@@ -853,7 +781,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="textinv.py", description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
     for run, names in VERBS.items():
-        verb = verbs.add_parser(run.__name__.removeprefix("run_"), help=run.__doc__)
+        text, example = run.__doc__.split(": ")
+        shown = dict(help=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+        shown |= dict(epilog=f"Defaults are in brackets. Example:\n  python textinv.py {example}")
+        verb = verbs.add_parser(run.__name__.removeprefix("run_"), **shown)
         add_options(verb, names)
         verb.set_defaults(run=run)
     return exit_status(parser, argv)

@@ -154,7 +154,7 @@ def written_templates(choice: str, pictures: Sequence[Path], placeholder: str) -
     if choice == "captions":
         return [read_captions(caption_of(path), placeholder) for path in pictures]
     single = any(mark in choice for mark in ("{}", "[name]", placeholder))
-    texts = [with_mark(choice, placeholder)] if single else read_captions(Path(choice), placeholder)
+    texts = [with_mark(choice, placeholder)] if single else read_captions(choice, placeholder)
     if not any("[filewords]" in text for text in texts):
         return texts
     filled = []
@@ -177,7 +177,7 @@ def caption_of(path: Path) -> Path:
     return caption if caption.exists() else path.with_suffix(".txt")
 
 
-def read_captions(path: Path, placeholder: str) -> list[str]:
+def read_captions(path: str | Path, placeholder: str) -> list[str]:
     """Return the templates in a text file. Raises ValueError for a line without the word."""
     try:
         lines = [with_mark(line, placeholder) for line in text_lines(path)]

@@ -334,12 +334,6 @@ def test_a_faulty_weight_is_said_before_anything_is_drawn(tmp_path, capsys, monk
     assert not [*tmp_path.iterdir()]
 
 
-def test_the_grid_takes_no_single_pictures_place(tmp_path, capsys):
-    draw = ["sample", "a cat", "-n", "2", "--singles", tmp_path, "--overwrite"]
-    assert "also a picture of --singles" in mistake(capsys, *draw, "--out", tmp_path / "0001.png")
-    assert not [*tmp_path.iterdir()]
-
-
 def test_a_checkpoint_that_is_not_there_is_named(capsys):
     assert "n: no such file or folder" in mistake(capsys, "show", "--model", "n")
 
@@ -355,11 +349,6 @@ def test_the_command_to_try_next_works_as_it_stands(tmp_path, capsys, monkeypatc
     assert command[-2:] == ["--model", model]
     assert textinv.main([*command, "--device", "cpu", "--steps", "1", "-n", "1"]) == 0
     assert Path("grid.png").exists()
-
-
-def test_resume_and_overwrite_exclude_each_other(tmp_path, capsys):
-    out = str(tmp_path / "m.safetensors")
-    assert mistake(capsys, *LEARN, "--out", out, "--resume", "--overwrite").count("--resume") == 1
 
 
 def parse_parameters(text: str) -> tuple[str, str, dict[str, str]]:
@@ -546,6 +535,20 @@ def test_names_are_cut_by_bytes(tmp_path, capsys, name):
         assert "the name is too long" in mistake(capsys, *learn, "--out", long)
 
 
+def test_the_help_of_each_verb_ends_with_an_example_that_works(tmp_path, capsys, monkeypatch):
+    """One after the other: each uses the word that the first learns."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    few = ["--steps", "1"]
+    for verb, more in dict(invert=few, sample=few, convert=[], show=[]).items():
+        with pytest.raises(SystemExit, match="0"):
+            textinv.main([verb, "--help"])
+        example = shlex.split(capsys.readouterr().out.splitlines()[-1])
+        assert example[:3] == ["python", "textinv.py", verb]
+        assert textinv.main([*example[2:], *more]) == 0
+    assert Path("grid.png").exists() and Path("mushroom.pt").exists()
+
+
 def test_an_unknown_option_is_named(capsys):
     said = mistake(capsys, "sample", "a", "--guidence", "3")
     assert "unrecognized arguments: --guidence 3; see textinv.py --help" in said
@@ -565,9 +568,8 @@ def test_an_unknown_option_is_named(capsys):
             ["invert", MUSHROOM, "--init-word", "a", "--progressive", "--stop", "auto"],
             "leave that out",
         ),
-        (["invert", MUSHROOM, "--init-word", "a", "--templates", ""], "--templates takes"),
+        (["invert", MUSHROOM, "--init-word", "a", "--templates", ""], "textinv: '': "),
         (["sample", "a", "--rename", "a.pt"], "write OLD=NEW"),
-        (["sample", "a", "--singles", "p.png"], "give a folder"),
         (["sample", "a", "--out", ""], "'' is not a .png file"),
         (["sample", "a", "--steps", "1001"], "use 1 to 1000"),
         (["sample", "a", "--eta", "-1"], "eta is -1.0"),

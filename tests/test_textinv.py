@@ -311,7 +311,7 @@ def test_a_word_that_is_cut_in_two_is_refused(model):
     room = model.tokenizer.max_length - 2
     template = " ".join(["a"] * (room - 2)) + " {}"
     textinv.train(model, MUSHROOM, "plant", vectors=2, templates=[template])
-    with pytest.raises(ValueError, match="do not fit into 22 tokens"):
+    with pytest.raises(ValueError, match="do not all fit"):
         textinv.train(model, MUSHROOM, "plant", vectors=3, templates=[template])
 
 
@@ -323,8 +323,8 @@ def test_a_masked_loss_is_the_mean_of_the_pictures_weighted_means(model, tmp_pat
         Image.effect_noise((64, 64), 99).convert("RGB").save(tmp_path / f"{i}.jpg")
         mask.save(tmp_path / f"{i}.mask.png")
     pixels = textinv.prepare_images(tmp_path, 64, masked=True)
-    *_, weights, picture = textinv.training_set(model, pixels, flip=True)
-    assert picture == [0, 1, 0, 1] and torch.equal(weights[2:], weights[:2].flip(-1))
+    *_, weights = textinv.training_set(model, pixels, flip=True)
+    assert torch.equal(weights[2:], weights[:2].flip(-1))
     side = weights.shape[-1]
     area = np.asarray(mask, float).reshape(side, 64 // side, side, -1).mean((1, 3))
     assert np.allclose(weights[1, 0].numpy(), area / area.mean(), atol=1e-5)
@@ -420,7 +420,7 @@ def test_interrupted_it_ends_at_the_same_step_with_the_same_bits(model, soon):
 def test_unknown_rules_and_progressive_training_are_refused(model):
     with pytest.raises(ValueError, match="stop 'soon' is not known; use never, auto"):
         textinv.train(model, MUSHROOM, "plant", stop="soon")
-    with pytest.raises(ValueError, match="not by stop 'auto'"):
+    with pytest.raises(ValueError, match="cannot end by stop 'auto'"):
         textinv.train(model, MUSHROOM, "plant", vectors=3, progressive=True, stop="auto")
 
 
