@@ -473,7 +473,7 @@ def sample(
 
 # ============================================================================== the command line
 
-LOOKED_AT = 256  # pixels; smaller pictures are enlarged in grids
+LEAST = 256  # pixels; smaller pictures are enlarged in grids
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -528,14 +528,13 @@ def learn(args: argparse.Namespace, run: Run, model: LatentDiffusion, pixels, op
     states = train(model, pixels, gradient_checkpointing=args.gradient_checkpointing, **options)
     placeholder, steps, saved = options["placeholder"], options["steps"], options["resume"]
     run.begin(anew=saved is None)
-    inputs = grid(to_pil(pixels), least=LOOKED_AT)
+    inputs = grid(to_pil(pixels), least=LEAST)
     write_png(run.path("inputs.png"), inputs, {"what": "what the model sees"}, True)
     since = f", from step {int(saved['step'])} on" if saved else ""
     print(f"learning {placeholder}: {len(pixels)} picture(s), {steps} steps{since}, to {run.out}")
 
     def preview(state: State) -> Image.Image:
-        prompt = f"a photo of {placeholder}"
-        return grid(sample(model, prompt, [state.concept], n=4), least=LOOKED_AT)
+        return grid(sample(model, f"a photo of {placeholder}", [state.concept], n=4), least=LEAST)
 
     preview_every = max(1, steps // 3) if args.preview_every is None else args.preview_every
     state = run.follow(states, args.save_every, preview_every, preview)
@@ -628,7 +627,7 @@ def run_sample(args: argparse.Namespace) -> None:
                 write_png(singles[len(images)], image, text, args.overwrite)
             images.append(image)
     text = {"prompt": "\n".join(prompts), "settings": info | dict(n=args.n, seeds=seeds)}
-    sheet = grid(images, args.n if len(prompts) > 1 else None, least=LOOKED_AT)
+    sheet = grid(images, args.n if len(prompts) > 1 else None, least=LEAST)
     write_png(out, sheet, text, args.overwrite)
     print(f"wrote {out}")
 
@@ -709,7 +708,7 @@ OPTIONS: dict[str, dict] = dict(
     negative=dict(default="", metavar="TEXT", help="what should not be seen, such as blurry"),
     source=dict(flag="source", metavar="IN", help="a word's file, from here or another program"),
     target=dict(flag="out", metavar="OUT", help="file to write: .safetensors, .pt or .png"),
-    model=dict(metavar="NAME|PATH", help="sd15, sd21, sdxl, ldm, file or folder (a small model)"),
+    model=dict(metavar="NAME|PATH", help="sd15, sd21, sdxl, ldm, file or folder (the bundled one)"),
     family=dict(choices=FAMILIES, help="kind of model (detected)"),
     prediction=dict(choices=("eps", "v"), help="what the model predicts (detected)"),
     vae=dict(metavar="PATH", help="another autoencoder, file or folder (the model's)"),
@@ -721,7 +720,7 @@ OPTIONS: dict[str, dict] = dict(
     concept=dict(action="append", default=[], metavar="FILE", help="a word's file; repeatable"),
     rename=dict(action="append", default=[], metavar="FILE=WORD", help="call a file's word WORD"),
     init_word=dict(default="", metavar="WORD", help="needed: what the pictures show, such as cat"),
-    placeholder=dict(type=nfc, metavar="WORD", help="the word in prompts (<cat> for cat.pt)"),
+    placeholder=dict(type=nfc, metavar="WORD", help="the word's name in prompts, such as <cat>"),
     word_out=dict(flag="--out", metavar="FILE", help="file for the word (IMAGES.safetensors)"),
     resume=dict(action="store_true", help="continue a run that was stopped; repeat its options"),
     vectors=dict(type=int, help="how many per word; more hold more detail (1; 3 if progressive)"),
@@ -729,18 +728,18 @@ OPTIONS: dict[str, dict] = dict(
     training_size=dict(flag="--size", type=side, help="pixels; less saves memory (the model's)"),
     batch_size=dict(type=int, help="pictures per step; fewer save memory (4; SDXL 1; bundled 8)"),
     lr=dict(help="learning rate per picture; base, high, low (0.005; SDXL 0.002; bundled 0.0025)"),
-    stop=dict(choices=STOPS, default="never", help="auto stops when the word is good (never)"),
+    stop=dict(choices=STOPS, default="never", help="auto stops when the loss has settled (never)"),
     weight_decay=dict(type=float, default=0.0, help="pulls the word to 0; the paper has 0.01 (0)"),
     regularize=dict(type=float, default=0.0, help="keeps the word near --init-word; try 0.01 (0)"),
     progressive=dict(action="store_true", help="train one vector, then two, then three"),
-    per_image=dict(action="store_true", help="also a word per picture, for its own details"),
+    per_image=dict(action="store_true", help="also a word for each picture, for its own details"),
     save_image_words=dict(action="store_true", help="save the words of --per-image too"),
-    templates=dict(default="object", help="train on style, captions, a file, 'my {}' (object)"),
-    no_flip=dict(action="store_true", help="do not mirror the pictures: things with writing"),
+    templates=dict(default="object", help="train with style, captions, a file or 'my {}' (object)"),
+    no_flip=dict(action="store_true", help="do not mirror the pictures; for things with writing"),
     masked=dict(action="store_true", help="ignore what is transparent, or black in NAME.mask.png"),
     gradient_checkpointing=dict(action="store_true", help="less memory, but slower"),
-    preview_every=dict(type=int, metavar="STEPS", help="when to draw; 0: never (--steps / 3)"),
-    save_every=dict(type=int, default=50, metavar="STEPS", help="when to save the run (50)"),
+    preview_every=dict(type=int, metavar="N", help="steps between previews; 0: none (--steps / 3)"),
+    save_every=dict(type=int, default=50, metavar="N", help="steps between saves of the run (50)"),
     n=dict(flag="-n", type=int, default=4, help="pictures per prompt (4)"),
     sampler=dict(choices=SAMPLERS, default="dpm++", help="the paper's is ddim, slower (dpm++)"),
     steps=dict(type=int, help="sampling steps; more are slower and finer (14; ddim 50)"),
@@ -748,7 +747,7 @@ OPTIONS: dict[str, dict] = dict(
     eta=dict(type=float, default=0.0, help="fresh noise in each step, from 0 to 1 (0)"),
     size=dict(type=picture_size, metavar="W[xH]", help="pixels, such as 512x768 (the model's)"),
     grid_out=dict(flag="--out", default="grid.png", metavar="FILE", help="all pictures (grid.png)"),
-    singles=dict(metavar="FOLDER", help="also save each picture by itself there"),
+    singles=dict(metavar="FOLDER", help="also save each picture by itself, in this folder"),
     format=dict(choices=FORMATS, help="for which program (by the ending of OUT)"),
     word_file=dict(flag="--word", dest="word_file", metavar="FILE", help="look into this word"),
     prompt=dict(metavar="TEXT", help="show the tokens of this prompt, and their weights"),
@@ -783,7 +782,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for run, names in VERBS.items():
         text, example = run.__doc__.split(": ")
         shown = dict(help=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-        shown |= dict(epilog=f"Defaults are in brackets. Example:\n  python textinv.py {example}")
+        shown |= dict(description=f"{text}; defaults are in brackets")
+        shown |= dict(epilog=f"example:\n  python textinv.py {example}")
         verb = verbs.add_parser(run.__name__.removeprefix("run_"), **shown)
         add_options(verb, names)
         verb.set_defaults(run=run)
