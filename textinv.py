@@ -399,8 +399,7 @@ def invert(
 
 
 def check_sampling(sampler, steps, n, eta, seed) -> tuple[Callable, int, str]:
-    """Return the sampler's row of SAMPLERS, with `steps` in place of the default if they are given.
-    Raises ValueError for an unknown sampler and for numbers out of range."""
+    """Return a sampler's function, its steps (or its default) and its name in other programs."""
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler {sampler!r} is not known; use {', '.join(SAMPLERS)}")
     run, default, title = SAMPLERS[sampler]
