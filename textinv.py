@@ -9,9 +9,9 @@ eq. 2):
 
     v* = argmin_v  E_{z ~ E(x), y, eps ~ N(0, 1), t}  || eps - eps_theta(z_t, t, c_theta(y, v)) ||^2
 
-This file reads from top to bottom as the method: templates (y), the word (v), the loss, training,
-sampling. v* is looked up in `embed` of models/latent_diffusion.py. Pictures (x) are prepared by
-models/images.py. Below the ruler is the command line: invert, sample, convert, show.
+From top to bottom, this file follows the method: templates (y), the word (v), the loss, training,
+sampling. `embed` in models/latent_diffusion.py looks v* up, models/images.py prepares pictures (x).
+Below the line of = signs is the command line: invert, sample, convert, show.
 """
 
 import argparse
@@ -79,7 +79,7 @@ PHOTOS = """
     a {}, a photo of the nice {}, a photo of the small {}, a photo of the weird {}, a photo of the
     large {}, a photo of a cool {}, a photo of a small {}
 """
-# For styles the paper's code exchanges the noun and puts the word behind "in the style of".
+# For styles the paper's code says "painting" instead of "photo", and ends in "in the style of {}".
 PAINTINGS = """
     a painting, a rendering, a cropped painting, the painting, a clean painting, a dirty painting,
     a dark painting, a picture, a cool painting, a close-up painting, a bright painting, a good
@@ -90,10 +90,10 @@ STYLE_TEMPLATES = tuple(f"{text} in the style of {{}}" for text in entries(PAINT
 TEMPLATES = {"object": OBJECT_TEMPLATES, "style": STYLE_TEMPLATES}
 
 # The paper's hyperparameters for LDM (appendix F); some models have their own. The rate is
-# multiplied by the batch size: 0.005 x 2 GPUs x 4 pictures = 0.04 in the paper, 0.02 on one GPU.
+# multiplied by the batch size: 0.005 x 2 GPUs x 4 pictures = 0.04 in the paper, 0.005 x 4 here.
 # A guidance scale of 7.5 is within the paper's "typical scales (5-10)".
 PAPER = dict(steps=5000, batch_size=4, lr=0.005, guidance_scale=7.5)
-# The paper's High and Low (section 5.2) are 2e-2 and 1e-4 beside a base of 5e-3.
+# The paper's High and Low (section 5.2) are 2e-2 and 1e-4, its base rate is 5e-3.
 RATES = {"base": 1.0, "high": 4.0, "low": 0.02}
 STOPS = ("never", "auto")  # after the last step, or once training has converged
 
@@ -101,9 +101,9 @@ STOPS = ("never", "auto")  # after the last step, or once training has converged
 
 
 def initial_vectors(model: LatentDiffusion, init_word: str, count: int) -> Tensor:
-    """Return vectors (count, D) for a coarse description ("cat", appendix F): those of its tokens,
-    averaged in `count` consecutive groups where there are more, repeated where there are fewer.
-    Raises ValueError if the model knows no token of it."""
+    """Return vectors (count, D) from a coarse description, any phrase such as "cat" (appendix F):
+    those of its tokens. More than `count` are averaged in `count` consecutive groups, fewer are
+    repeated. Raises ValueError if the model knows none of its tokens."""
     ids = model.known_ids(init_word)
     if not ids:
         raise ValueError(f"init word {init_word!r} has no tokens that this model knows; try cat")
@@ -119,8 +119,8 @@ def initial_vectors(model: LatentDiffusion, init_word: str, count: int) -> Tenso
 def draw_batch(
     model: LatentDiffusion, mean: Tensor, std: Tensor, count: int, generator: torch.Generator
 ) -> tuple[list[int], Tensor, Tensor, Tensor]:
-    """Draw a training batch of `count` = B from the moments (N, C, h, w) of N pictures: which ones,
-    latents z ~ E(x) (B, C, h, w), timesteps (B,) on the CPU, noise like z."""
+    """Draw a training batch of `count` = B from the moments (N, C, h, w) of N pictures: picture
+    numbers, latents z ~ E(x) (B, C, h, w), timesteps (B,) on the CPU, and noise of z's shape."""
     rows = torch.randint(len(mean), (count,), generator=generator)
     z = mean[rows] + std[rows] * normal(mean[rows], generator)
     t = torch.randint(model.schedule.length, (count,), generator=generator)
@@ -137,8 +137,8 @@ def diffusion_loss(
 ) -> Tensor:
     """Return the mean squared error between the prediction and its target (eq. 1 and 2), a scalar.
 
-    latents and noise (B, C, h, w), t (B,) on the CPU, context (B, L, D), weight of each error
-    (B, 1, h, w). The target is eps, or velocity (not the word v) where the model predicts that.
+    latents and noise (B, C, h, w), t (B,) on the CPU, context (B, L, D). Each latent position's
+    error is multiplied by `weight` (B, 1, h, w). The target is eps, or the velocity for v-models.
     """
     x_t = model.schedule.q_sample(latents, t, noise)
     prediction = model.unet(x_t, t.to(x_t.device), context).float()
@@ -178,25 +178,25 @@ def train(
     init_word: a coarse description, whose embedding the word starts from. placeholder: the word in
     prompts, any string without spaces. vectors: how many it has. steps, batch_size, lr: by default
     the paper's (5000, 4, 0.005) or the model's own; the rate is lr * batch_size (appendix F), and
-    lr may be "base", "high" or "low". templates: prompts with {} for the word, of which each
-    picture of each step gets one; or such a list per picture. flip: mirror half of the pictures.
-    masked: weigh the loss by alpha channels or NAME.mask.png (white counts); the weights of each
-    picture have mean 1, so a small thing counts as much as a large one. weight_decay: pulls v*
-    towards 0; the paper's code has 0.01. stop: "auto" stops once training has converged, with the
-    best vectors; every tenth step costs eight pictures more. gradient_checkpointing: saves memory.
+    lr may be "base", "high" or "low". templates: prompts with {} for the word, one drawn for each
+    picture of each step; or one such list per picture. flip: mirror half of the pictures. masked:
+    weigh the loss by alpha or NAME.mask.png (white counts); each picture's weights have mean 1, so
+    a small thing counts as much as a large one. weight_decay: pulls v* towards 0; the paper's code
+    has 0.01. stop: "auto" stops once training has converged, with the best vectors; every tenth
+    step also runs eight more pictures. gradient_checkpointing: saves memory, costs time.
 
     The setups of section 5.2. regularize: weight of the squared distance of each vector from where
     it started (the paper's code multiplies every difference with every other). progressive, with
     three vectors: the second joins after 2/5 of the steps, the third after 4/5; weight decay acts
-    on all from the start. per_image: also learn a word for each picture, to hold what only it
-    shows; the prompts end with "with" and that word.
+    on all from the start. per_image: also learn a word for each picture, for what only that picture
+    shows; its prompts end in "with" and that word.
 
-    resume: the `tensors` of a State; steps are counted from the very beginning. The same seed gives
-    the same bits, resumed or not, on one machine with one number of threads and one precision.
+    resume: what `State.tensors()` returned; `steps` is still the total. The same seed gives the
+    same bits, resumed or not, on one machine with one number of threads and one precision.
     share, on_gradients: for examples/several_gpus.py. `share` selects the rows of each batch that
     this process computes; `on_gradients(loss, gradients)` adds up both over the processes.
 
-    Raises ValueError for unusable pictures, words or numbers, and NotFinite before a step with NaN.
+    Raises ValueError for unusable pictures, words or numbers; NotFinite instead of a step with NaN.
     """
     steps, batch_size, lr = hyperparameters(model, steps, batch_size, lr)
     check_setup(vectors, weight_decay, regularize, progressive, stop, seed)
@@ -219,8 +219,8 @@ def train(
     mean, std, weight = training_set(model, pixels, flip)
 
     def loss_of(step: int, words: list[Concept]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Return eq. 2 on the step's batch, the regularization, and what the loss was computed
-        from. All random numbers of a step follow from the seed and its number."""
+        """Return the loss (eq. 2) on the step's batch, the penalty, and tensors to check for NaN.
+        All random numbers follow from the seed and the step's number."""
         draw = random.Random(f"{seed} {step}")
         generator = torch.Generator().manual_seed(draw.getrandbits(32))
         rows, *batch = draw_batch(model, mean, std, batch_size, generator)
@@ -249,10 +249,10 @@ def train(
 def training(
     model: LatentDiffusion, state: State, loss_of, batch_size, progressive, stop, on_gradients
 ) -> Iterator[State]:
-    """Yield the state after each remaining step of `train`, whose closure and options these are."""
+    """Yield the state after each remaining step. Arguments are options and a closure of `train`."""
     word, far = state.concept, far_norm(model)
-    # Trap: in fp16 the gradient of the loss, which is divided by the number of latents, is too
-    # small and becomes 0, so the loss is multiplied by `scale`.
+    # Trap: in fp16 the gradient of the loss, a mean over all latents, is so small that it becomes
+    # 0. So the loss is multiplied by `scale`.
     scale = 2.0**12 if model.dtype == torch.float16 else 1.0
     for step in range(state.step + 1, state.steps + 1):
         words = [word, *state.image_words]
@@ -271,13 +271,13 @@ def training(
         if (norm := word.vectors.detach().norm(dim=1).max().item()) > far:
             warnings.warn(
                 f"step {step}: the word's norm is {norm:,.0f}, far from all words of the model; it "
-                "is useless in prompts, so start over with a lower lr (--lr base)"
+                "is useless in prompts, so start over with a lower lr"
             )
-            far = math.inf  # said once
+            far = math.inf  # warn only once
         word.metadata["steps"] = str(step)
         state = replace(state, step=step, loss=loss, concept=words[0], fixed_loss=None)
         if stop == "auto" and step % STOP_EVERY == 0:
-            with torch.no_grad():  # batches that no step draws, of eight pictures or more in all
+            with torch.no_grad():  # fixed batches, of step numbers that training never uses
                 losses = [loss_of(s, words)[0] for s in range(0, -8, -batch_size)]
             fixed = torch.stack(losses).mean()
             if on_gradients:
@@ -289,21 +289,21 @@ def training(
 
 
 def far_norm(model: LatentDiffusion) -> float:
-    """Return a norm that no good word reaches: twelve times that of the model's own words, and at
-    least as far as a random walk comes with the usual rate and number of steps."""
+    """Return a norm that no good word reaches: twelve times the median of the model's own words, or
+    the length of a random walk with the usual rate and steps, whichever is larger."""
     table, usual = model.text_encoder.token_table.float(), PAPER | model.defaults
     walk = usual["lr"] * usual["batch_size"] * math.sqrt(usual["steps"] * table.shape[1])
     return max(12 * table.norm(dim=1).median().item(), walk)
 
 
 def check_finite(step: int, gradients: Sequence[Tensor], parts: Mapping[str, Tensor]) -> None:
-    """Raise NotFinite that names the first part with NaN or infinity, if a gradient has any."""
+    """If a gradient has NaN or infinity, raise NotFinite naming the part where they came up."""
     if not all(gradient.isfinite().all() for gradient in gradients):
         broken = (name for name, tensor in parts.items() if not tensor.isfinite().all())
         part = next(broken, "gradient").replace("_", " ")
         raise NotFinite(
             f"step {step}: the {part} gave NaN or infinity; the word is as before that step. Start "
-            "over with another --out and --precision bf16 or fp32, or a lower --lr"
+            "over (--overwrite) with --precision bf16 or fp32, or a lower --lr"
         )
 
 
@@ -358,8 +358,8 @@ def fill_template(template: str, words: Sequence[Concept], picture: int) -> str:
 
 
 def check_prompts(model: LatentDiffusion, templates: list[str], words: list[Concept]) -> None:
-    """Raise ValueError for a training prompt whose word the text encoder does not read: "my-cats"
-    does not contain the word my-cat, and the end of a long prompt is cut off."""
+    """Raise ValueError for a training prompt in which the text encoder would not see the word:
+    "my-cats" does not contain the word my-cat, and the end of a long prompt is cut off."""
     placeholders, word = model.placeholders(words), words[0].placeholder
     for template in templates:
         prompt = fill_template(template, words, len(words) - 2)  # with the last picture's word
@@ -373,9 +373,9 @@ def check_prompts(model: LatentDiffusion, templates: list[str], words: list[Conc
 
 
 def training_set(model: LatentDiffusion, pixels: Tensor, flip: bool) -> tuple:
-    """Return mean and standard deviation (M, C, h, w) of the latents of pixels (N, 3 or 4, H, W),
-    first plain and, with `flip`, then mirrored; and the weights (M, 1, h, w) of the loss, of mean
-    1, from the fourth channel. The autoencoder runs only here."""
+    """Return mean and standard deviation (M, C, h, w) of the latents of pixels (N, 3 or 4, H, W):
+    N plain ones and, with `flip`, N mirrored ones; and the loss weights (M, 1, h, w), of mean 1,
+    from the fourth channel. The autoencoder runs only here."""
     views = torch.cat([pixels, pixels.flip(-1)] if flip else [pixels])
     moments = [model.encode_moments(image[None, :3]) for image in views]
     mean, std = (torch.cat(parts) for parts in zip(*moments))
@@ -387,7 +387,7 @@ def training_set(model: LatentDiffusion, pixels: Tensor, flip: bool) -> tuple:
 def invert(
     model: LatentDiffusion, images: Images, init_word: str, progress: bool = False, **options
 ) -> Concept:
-    """Return the learnt word after the last step of `train`, which has the other arguments."""
+    """Run `train`, which explains `options`, to its end, and return the learnt word."""
     states = train(model, images, init_word, **options)
     total = hyperparameters(model, options.get("steps"), None, None)[0]
     for state in tqdm(states, total=total, unit="step", disable=not progress):
@@ -399,7 +399,7 @@ def invert(
 
 
 def check_sampling(sampler, steps, n, eta, seed) -> tuple[Callable, int, str]:
-    """Return a sampler's function, its steps (or its default) and its name in other programs."""
+    """Check the numbers; return the sampler's function, steps and name in other programs."""
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler {sampler!r} is not known; use {', '.join(SAMPLERS)}")
     run, default, title = SAMPLERS[sampler]
@@ -437,14 +437,14 @@ def sample(
     size: int | tuple[int, int] | None = None,
     batch_size: int = 8,
 ) -> list[Image.Image]:
-    """Draw n pictures of each prompt, all of one prompt in a row.
+    """Draw n pictures of each prompt; those of one prompt follow each other in the list.
 
     Brackets in prompts are weights, "(word:1.2)", see models/tokenizers.py. All prompts of a call
     get as many chunks of 75 tokens as the longest. negative: a prompt for what should not be seen.
     guidance_scale: 1 is none; by default 7.5, or the model's own. sampler: "dpm++" (14 steps by
     default) or the paper's "ddim" (50). eta: 0 is deterministic, 1 as noisy as DDPM. size: pixels,
-    one number or (width, height). Picture i of a prompt starts from noise of seed + i, whatever
-    else is drawn with it. Raises ValueError for numbers out of range and foreign words.
+    one number or (width, height). Picture i of a prompt starts from the noise of seed + i, in any
+    batch. Raises ValueError for numbers out of range, and for words learnt at another width.
     """
     prompts = [prompts] if isinstance(prompts, str) else prompts
     run, steps, _ = check_sampling(sampler, steps, n, eta, seed)
@@ -494,7 +494,7 @@ def run_invert(args: argparse.Namespace) -> int:
     paths = find_images(args.images)
     templates = read_templates(args.templates, paths, placeholder)
     options = training_options(args, None, templates) | dict(placeholder=placeholder)
-    told = options.keys() - {"steps", "batch_size", "lr", "progressive"}  # without the model
+    told = options.keys() - {"steps", "batch_size", "lr", "progressive"}  # these need the model
     run = Run(out, {name: options[name] for name in told}, args.save_image_words)
     run.look(args.resume, args.overwrite)  # raises where files of another run would be lost
     warn_of_photographs(paths, args.model is None)  # raises for damaged ones
@@ -507,7 +507,7 @@ def run_invert(args: argparse.Namespace) -> int:
     model.latent_shape((model.size, model.size))  # raises for a size that does not fit
     pixels = prepare_images(paths, model.size, args.masked)
     options |= training_options(args, model, templates)
-    # What must be the same on resuming; of progressive words also the number of steps.
+    # What must not change on resuming; for progressive words that includes the number of steps.
     run.settings = options | dict(progressive=options["steps"] if args.progressive else None)
     run.settings |= dict(model=model.name, fingerprint=model.fingerprint, clip_skip=model.clip_skip)
     run.settings |= dict(prediction=model.schedule.prediction, precision=str(model.dtype))
@@ -544,7 +544,7 @@ def learn(args: argparse.Namespace, run: Run, model: LatentDiffusion, pixels, op
     if state.step < steps:
         print(f"converged after {state.step} of {steps} steps")
     draw = ["sample", f"a photo of {placeholder}", "--concept", str(run.out)]
-    if run.out.suffix.lower() == ".pt":  # A1111's: the word is called after its file
+    if run.out.suffix.lower() == ".pt":  # A1111's: the word is named after its file
         draw += ["--rename", f"{run.out.name}={placeholder}"]
     draw += ["--model", args.model] if args.model else []
     draw += ["--clip-skip", str(args.clip_skip)] if args.clip_skip > 1 else []
@@ -553,13 +553,13 @@ def learn(args: argparse.Namespace, run: Run, model: LatentDiffusion, pixels, op
 
 
 def named_after(path: str | Path) -> str:
-    """Return the placeholder called after a folder or a file: "my cat" becomes <my-cat>."""
+    """Return the placeholder named after a folder or a file: "my cat" becomes <my-cat>."""
     path = Path(path).resolve()
     return nfc(f"<{'-'.join((path.stem if path.is_file() else path.name).split())}>")
 
 
 def target_of(args: argparse.Namespace) -> tuple[Path, str]:
-    """Return the word's file and its placeholder, by default called after the pictures' folder."""
+    """Return the word's file and its placeholder, by default named after the pictures' folder."""
     source = Path(args.images).resolve()
     name = Path(args.out).stem if args.out else source.stem if source.is_file() else source.name
     out = Path(args.out or f"{shortened(name, 200)}.safetensors")
@@ -573,7 +573,7 @@ def target_of(args: argparse.Namespace) -> tuple[Path, str]:
 
 
 def training_options(args: argparse.Namespace, model: LatentDiffusion | None, templates) -> dict:
-    """Return the options of `train` that decide what is learnt; without a model, the paper's."""
+    """Return the options of `train` that decide what is learnt; `model` may have own defaults."""
     if not args.init_word.strip():
         raise ValueError("--init-word is missing: what the pictures show, in a word such as cat")
     steps, batch_size, lr = hyperparameters(model, args.steps, args.batch_size, args.lr)
@@ -590,10 +590,10 @@ def read_templates(choice: str, pictures: Sequence[Path], placeholder: str = "{}
 
 
 def words_for(args: argparse.Namespace, prompts: Sequence[str]) -> list[Concept]:
-    """Return the learnt words for some prompts, which are checked here, before anything slow."""
+    """Return the learnt words; check them and the prompts' weights before anything slow starts."""
     concepts = words_in(args.concept, args.rename)
     known = [concept.placeholder for concept in concepts]
-    texts = [without_weights(prompt, known) for prompt in prompts]  # raises for a faulty weight
+    texts = [without_weights(prompt, known) for prompt in prompts]  # raises for a malformed weight
     check_names(known if prompts else [])
     for word in known:
         if texts and not any(word in text for text in texts):
@@ -605,7 +605,7 @@ def run_sample(args: argparse.Namespace) -> None:
     """draw prompts with learnt words: sample "a small <mushroom>" --concept mushroom.safetensors"""
     out = free_target(args.out, args.overwrite, ".png")
     _, steps, title = check_sampling(args.sampler, args.steps, args.n, args.eta, args.seed)
-    guidance_of(None, args.guidance)  # raises for one that is no number
+    guidance_of(None, args.guidance)  # raises for NaN and infinity
     if not (prompts := args.texts + args.prompts):
         raise ValueError("no prompt given; give PROMPT in quotes, or --prompts FILE")
     count = args.n * len(prompts) if args.singles else 0
@@ -644,10 +644,10 @@ def run_convert(args: argparse.Namespace) -> None:
         check_names([args.placeholder])
         concept = replace(concept, placeholder=args.placeholder)
     if args.picture and out.suffix.lower() != ".png":
-        raise ValueError(f"--picture is for an OUT that is a .png file; {out} is none")
+        raise ValueError(f"--picture is for an OUT that is a .png file; {out} is not")
     format = args.format or default_format(out.suffix)
     concept.save(out, args.overwrite, format, open_image(args.picture) if args.picture else None)
-    word = load_concept(out).placeholder  # in a .pt not the one that was given
+    word = load_concept(out).placeholder  # in a .pt, the word is named after the file
     print(f"wrote {out} ({format}): {word}, {tuple(concept.vectors.shape)}")
 
 
@@ -681,7 +681,7 @@ def show_prompt(prompt: str, concepts: Sequence[Concept], model: LatentDiffusion
 
 
 def show_words(concepts: Sequence[Concept], model: LatentDiffusion) -> None:
-    """Print metadata, norms beside those of the model's own words, and the nearest words."""
+    """Print each word's metadata, norms (and those of the model's words) and nearest words."""
     table = model.text_encoder.token_table.float().cpu()
     low, middle, high = table.norm(dim=1).quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
     for concept in concepts:

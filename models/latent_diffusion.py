@@ -1,4 +1,4 @@
-"""The model a user holds: text encoder, UNet, autoencoder and noise schedule in one object.
+"""The model as one object: text encoder, UNet, autoencoder and noise schedule.
 
 It is the latent diffusion model of the paper's section 3: E and D are the autoencoder, c_theta is
 the text encoder, eps_theta the UNet. All of it is frozen. Textual inversion adds one thing, in
@@ -22,9 +22,9 @@ from .schedule import Schedule
 from .tokenizers import BREAK, RENAME, Tokenizer, Tokens, check_names, split_weights
 from .unet import UNet
 
-# A model for words whose vectors have this width.
+# Width of a word's vectors: a model that such words are for.
 WIDTHS = {768: "sd15", 1024: "sd21", 1280: "ldm", 2048: "sdxl"}
-Context = Tensor | Conditioning  # (B, L, D); SDXL has pooled text (B, P) beside it
+Context = Tensor | Conditioning  # (B, L, D); for SDXL a Conditioning, with pooled text (B, P)
 
 
 @dataclass
@@ -35,7 +35,7 @@ class LatentDiffusion:
     tokenizer: Tokenizer
     schedule: Schedule
     family: str  # "ldm", "sd1", "sd2" or "sdxl"
-    name: str = ""  # of the file or folder; "emoji" for the bundled model, an LDM
+    name: str = ""  # the file's or folder's; "emoji" is the bundled model, an LDM
     size: int = 512  # side of the square pictures it was trained on, pixels
     scale_factor: float = 0.18215  # of latents, to a variance of about 1; 0.13025 in SDXL
     fingerprint: str = ""  # identifies the base model, the same in every precision and layout
@@ -47,7 +47,7 @@ class LatentDiffusion:
     def __post_init__(self):
         for module in (self.unet, self.autoencoder, self.text_encoder):
             module.requires_grad_(False).eval()
-        if self.clip_skip > 1:  # the final norm stays
+        if self.clip_skip > 1:  # drop the last layers, but not the final norm after them
             del self.text_encoder.text_model.encoder.layers[1 - self.clip_skip :]
 
     @property
@@ -85,8 +85,8 @@ class LatentDiffusion:
             return F.embedding(ids, table)
         new = ids - self.tokenizer.vocab_size  # negative for ordinary words
         frozen = F.embedding(ids.masked_fill(new >= 0, 0), table)
-        # Trap: the gradient of vectors[new] is summed in an order that depends on the threads. The
-        # gradient of F.embedding is not.
+        # Trap: vectors[new] would sum its gradient in an order that depends on the threads, so runs
+        # would differ in the last bits. F.embedding does not.
         learnt = F.embedding(new.clamp(min=0), vectors)
         return torch.where(new[..., None] >= 0, learnt, frozen)  # (B, L, D)
 
@@ -105,16 +105,16 @@ class LatentDiffusion:
         distinct = list(dict.fromkeys(tokens))
         ids = torch.tensor(distinct, device=self.device)
         vectors = [concept.vectors.to(self.device, torch.float32) for concept in concepts]
-        # Trap: the end token is found by its id. It is not the highest: a learnt word's is higher.
+        # Trap: not ids.argmax(1), as OpenAI finds the end token: a learnt word's id is higher.
         ends = (ids == self.tokenizer.end_id).int().argmax(dim=1)
         context = self.text_encoder(self.embed(ids, torch.cat(vectors) if vectors else None), ends)
         where = torch.tensor([distinct.index(row) for row in tokens], device=self.device)
-        # part[where] would have the trap of `embed`.
+        # index_select, not part[where], for the same reason as in `embed`.
         return each(lambda part: part.index_select(0, where), context)
 
     def weighted_chunks(self, prompt: str, concepts: Sequence[Concept]) -> list[Tokens]:
-        """Return the chunks of a prompt: ids with their weights, without start and end. The text
-        encoder reads them one by one. LDM has one chunk only; warns of what it cuts off."""
+        """Return the chunks of a prompt: ids with their weights, without start and end. Each is
+        encoded separately. For LDM there is one chunk, with a warning if the prompt is cut."""
         placeholders = self.placeholders(concepts)
         known = {"BREAK": [BREAK]} | placeholders
         tokens: Tokens = []
@@ -148,14 +148,14 @@ class LatentDiffusion:
     def apply_weights(self, context: Tensor, weights: Tensor) -> Tensor:
         """Return a context (B, L, D) with each token's features multiplied by its weight (B, L, 1).
 
-        As in AUTOMATIC1111's web UI, each row is then scaled to the mean it had; for SDXL, each
-        encoder's part by itself. LDM leaves that out: BERT's mean is close to 0, and scaling
-        multiplied whole prompts by -18."""
+        As in AUTOMATIC1111's web UI, each row is then scaled to its old mean; for SDXL, each
+        encoder's part separately. Not for LDM: BERT's mean is close to 0, and the scaling would
+        multiply some prompts by factors such as -18."""
         if self.family == "ldm":
             return context * weights
         parts = []
         for part in context.split(self.text_encoder.widths, dim=-1):
-            # float64, as the means are much smaller than the values; on the CPU: MPS has no float64
+            # float64, because means are much smaller than values; on the CPU: MPS has no float64
             old, new = (x.cpu().double().mean((1, 2), True) for x in (part, part * weights))
             parts.append(part * weights * (old / new).to(part))
         return torch.cat(parts, dim=-1)
@@ -168,13 +168,13 @@ class LatentDiffusion:
         self.check_concepts(concepts)
         both = self.encode_prompts([*prompts, negative], concepts)
         context, uncond = both[:-1], both[-1:]
-        # Trap: SDXL was trained with zeros in place of the empty prompt.
+        # Trap: SDXL was trained with zeros instead of the encoded empty prompt.
         if self.family == "sdxl" and not negative.strip():
             uncond = each(torch.zeros_like, uncond)
         return context, uncond
 
     def token_text(self, i: int, concepts: Sequence[Concept] = ()) -> str:
-        """Return the text of an id: the vocabulary's entry, or a word and the vector's number."""
+        """Return an id's text: the vocabulary's entry, or "<cat>, vector 1 of 2" in a new word."""
         for name, ids in self.placeholders(concepts).items():
             if i in ids:
                 return f"{name}, vector {i - ids[0] + 1} of {len(ids)}"
@@ -187,16 +187,16 @@ class LatentDiffusion:
         return [i for i in self.tokenizer.token_ids(text) if i != self.tokenizer.unknown_id]
 
     def check_placeholders(self, names: Sequence[str]) -> None:
-        """Raise ValueError for a placeholder that is no single word, or that the model knows, and
-        for two of the same name."""
+        """Raise ValueError for a placeholder that has spaces or is an ordinary word of the model,
+        and for two of the same name."""
         check_names(names)
         ours = [name for name in names if name.isalnum() and len(self.known_ids(name)) == 1]
         if ours:
             raise ValueError(f"placeholder {ours[0]!r} is an ordinary word of this model; {RENAME}")
 
     def check_concepts(self, concepts: Sequence[Concept]) -> None:
-        """Raise ValueError for words of another width than the model's, and as
-        `check_placeholders` does. Warns as `warn_of_another_model` does."""
+        """Raise ValueError for words of another width than the model's, and for names that
+        `check_placeholders` refuses. Warns of words that were learnt with another model."""
         self.check_placeholders([concept.placeholder for concept in concepts])
         width = self.text_encoder.token_table.shape[1]
         for concept in concepts:
@@ -212,7 +212,7 @@ class LatentDiffusion:
         """Warn of a word that was learnt with another model or clip skip, by what its file says."""
         name, said = concept.placeholder, concept.metadata
         theirs, base = said.get("base_model_hash", ""), said.get("base_model") or "a model"
-        # Trap: A1111's hashes are another kind, with fewer digits.
+        # Trap: files of A1111 hold another kind of hash here, with fewer digits.
         if len(theirs) == len(self.fingerprint) and theirs != self.fingerprint:
             here = f"this is another model: {self.name} (fingerprint {self.fingerprint})"
             warnings.warn(f"{name} was learnt with {base} (fingerprint {theirs}); {here}")
@@ -229,7 +229,7 @@ class LatentDiffusion:
 
     @property
     def unit(self) -> int:
-        """Width and height of pictures are multiples of this, pixels."""
+        """Pictures' width and height must be multiples of this number of pixels."""
         return self.autoencoder.config.factor * 2 ** (len(self.unet.config.widths) - 1)
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
@@ -248,7 +248,7 @@ class LatentDiffusion:
         return mean.float() * self.scale_factor, std.float() * self.scale_factor
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Return the mean alone of `encode_moments`."""
+        """Return only the mean from `encode_moments`."""
         return self.encode_moments(images)[0]
 
     @torch.no_grad()
@@ -263,8 +263,8 @@ class LatentDiffusion:
     def guided(
         self, x_t: Tensor, t: Tensor, context: Context, uncond: Context, guidance_scale: float
     ) -> Tensor:
-        """Return the prediction by classifier-free guidance (Ho & Salimans 2021), pushed away from
-        that for `uncond`, the negative prompt. Both run as one batch. Scale 1 is no guidance."""
+        """Return the prediction for `context`, pushed away from the one for `uncond`, the negative
+        prompt: classifier-free guidance (Ho & Salimans 2021). Scale 1 is no guidance."""
         if guidance_scale == 1:
             return self.unet(x_t, t, context).float()
         both = each(lambda u, c: torch.cat([u.expand_as(c), c]), uncond, context)  # (2B, L, D)
