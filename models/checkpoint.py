@@ -1,7 +1,7 @@
-"""Public checkpoints to models: the families and what tells them apart, strict loading.
+"""Load public checkpoints: recognize the family of a file and fill a model with its tensors.
 
-files.py reads tensors, naming.py gives them our names and sizes.py finds the sizes of the networks.
-Here the names tell the family, and the tensors fill modules of those sizes: every key must match.
+files.py reads tensors, naming.py gives them our names, and sizes.py finds the sizes of the
+networks. The tensors' names tell the family. Loading is strict: every key must match.
 """
 
 import hashlib
@@ -30,8 +30,8 @@ from .unet import UNet
 BUNDLED = Path(__file__).parent / "emoji"
 CONFIG = "config.json"
 BERT_VOCAB = Path(__file__).parent / "vocab" / "bert-base-uncased.txt"
-# For SDXL, whose steps cost eight times those of Stable Diffusion 1. The published recipes of
-# diffusers and of invoke-training agree on this rate per step and on showing 2,000 pictures.
+# Hyperparameters for SDXL, whose steps cost eight times those of Stable Diffusion 1. The recipes of
+# diffusers and of invoke-training agree on this learning rate per step and on 2,000 pictures.
 SDXL = dict(steps=2000, batch_size=1, lr=0.002, guidance_scale=5.0)
 # How a family differs from Stable Diffusion 1, whose values are LatentDiffusion's defaults.
 FAMILIES = dict(ldm=dict(size=256), sd1={}, sd2={})
@@ -60,7 +60,7 @@ NEEDLESS = re.compile(
 
 
 def find_family(state: Tensors) -> str:
-    """Return the family of a single file. Raises `CheckpointError` if it is of none."""
+    """Return the family of a single file. Raises `CheckpointError` if it belongs to none."""
 
     def has(*starts: str) -> bool:
         return any(key.startswith(starts) for key in state)
@@ -72,7 +72,7 @@ def find_family(state: Tensors) -> str:
     if has("cond_stage_model.", "conditioner.embedders.0.") and has("model.diffusion_model."):
         if has("model.diffusion_model.label_emb."):
             raise CheckpointError(f"the refiner of SDXL, which is not supported; {EXPECTED}")
-        # Trap: the names of the text encoder do not tell, both families come in all layouts.
+        # Trap: the text encoder's names do not tell the two apart: both come in every layout.
         linear = state["model.diffusion_model.middle_block.1.proj_in.weight"].ndim == 2
         return "sd2" if linear else "sd1"
     for pattern, what in REFUSED.items():
@@ -82,8 +82,8 @@ def find_family(state: Tensors) -> str:
 
 
 def read_single_file(path: Path, family: str | None) -> tuple[dict[str, Tensors], dict]:
-    """Read LDM's or Stable Diffusion's own layout. EMA copies (`model_ema.`) and what training left
-    are passed over, as in the original inference configuration."""
+    """Read LDM's or Stable Diffusion's own layout. EMA copies (`model_ema.`) and other leftovers of
+    training are ignored, as in the original inference configuration."""
     state, config = read_component(path)
     if any(key.startswith("edm_") for key in state):
         raise CheckpointError(f"a model trained as EDM, which is not supported; {EXPECTED}")
@@ -95,7 +95,7 @@ def read_single_file(path: Path, family: str | None) -> tuple[dict[str, Tensors]
         family=family,
         name=path.name,
         short_hash=files.short_hash(path),
-        # Fine-tunes say by empty tensors with these names what they are.
+        # Some fine-tunes say with an empty tensor of such a name that they predict v.
         prediction="v" if state.keys() & {"v_pred", "ztsnr"} else beside.get("parameterization"),
         schedule=dict(zero_snr="ztsnr" in state),
         unet=heads if any(heads.values()) else {},
@@ -131,8 +131,8 @@ def read_json(path: Path) -> dict:
 
 
 def read_component(path: Path) -> tuple[Tensors, dict]:
-    """Return weights and config.json of a file, or of a folder as diffusers writes it: of the first
-    variant that is there, in one file or in shards that an index names."""
+    """Return the weights and config.json of a file, or of a folder as diffusers writes it: its
+    first variant that exists, in one file or in shards that an index lists."""
     if not path.is_dir():
         return open_state(path), read_json(path.with_name(CONFIG))
     names = ("diffusion_pytorch_model", "model", "pytorch_model")
@@ -149,8 +149,8 @@ def read_component(path: Path) -> tuple[Tensors, dict]:
 
 
 def read_autoencoder(path: Path) -> tuple[Tensors, dict]:
-    """Return the tensors of an autoencoder by itself, a file in either layout or a folder as
-    diffusers writes it, and the arguments of `assemble` that its config.json tells."""
+    """Return the tensors of a separate autoencoder (a file in either layout, or a folder as
+    diffusers writes it) and the arguments of `assemble` that its config.json tells."""
     expected = "expected an autoencoder: a file, or a vae folder in the diffusers layout"
     with checking(path, expected):
         state, config = read_component(path / "vae" if (path / "vae").is_dir() else path)
@@ -180,17 +180,17 @@ def read_folder(path: Path, family: str | None) -> tuple[dict[str, Tensors], dic
     unet = naming.unet_from_diffusers(unet)
     autoencoder, known = read_autoencoder(path / "vae") if (path / "vae").is_dir() else ({}, {})
     text, first = read_component(path / "text_encoder")
-    first = second = first.get("text_config") or first  # the former in a whole CLIP
+    first = second = first.get("text_config") or first  # a whole CLIP has a "text_config"
     if xl:
         other, second = read_component(path / "text_encoder_2")
         text = naming.side_by_side(text, other)
-    else:  # as transformers does with a file that has more layers than its configuration says
+    else:  # like transformers, ignore layers beyond the number in the configuration
         text = naming.clip_to_transformers(text)
         text = naming.first_layers(text, first.get("num_hidden_layers", len(text)))
     kind = scheduler.get("prediction_type")
     linear = unet["middle_block.1.proj_in.weight"].ndim == 2
     schedule = {SCHEDULER.get(key, key): value for key, value in scheduler.items()}
-    root = path.parent.parent  # of a repository in Hugging Face's cache
+    root = path.parent.parent  # the repository's folder, if path is in Hugging Face's cache
     known |= dict(
         family=family or ("sdxl" if xl else "sd2" if linear else "sd1"),
         name=(root if root.name.startswith("models--") else path).name,
@@ -202,7 +202,7 @@ def read_folder(path: Path, family: str | None) -> tuple[dict[str, Tensors], dic
     )
     # Trap: diffusers calls the number of heads `attention_head_dim`, one for all levels or a list.
     heads = config.get("num_attention_heads") or config.get("attention_head_dim")
-    if isinstance(heads, list):  # SD 2: as many as there are heads of one width
+    if isinstance(heads, list):  # SD 2: heads per level, all heads have the same width
         width = unet["input_blocks.0.0.weight"].shape[0] // heads[0]
         known["unet"] |= dict(heads=None, head_width=width)
     elif heads:
@@ -214,7 +214,7 @@ def read_folder(path: Path, family: str | None) -> tuple[dict[str, Tensors], dic
 
 
 def find_device(name: str | torch.device | None) -> torch.device:
-    """Return the device of that name, the best one for None. ValueError if it is not here."""
+    """Return the device of that name, the best for None. Raises ValueError if it is not there."""
     here = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     name = name or next(kind for kind in here if here[kind])
     try:
@@ -244,12 +244,12 @@ def load_model(
 
     path: a single file (.ckpt, .safetensors), a folder in the diffusers layout, a Hugging Face
     repository ("x/y") in the local cache, an address or a published name ("sd15", "sd21", "sdxl",
-    "ldm"), which are downloaded once, or None for the bundled model. device, dtype: the best there
-    are by default; the text encoder is always float32. family (one of `FAMILIES`) and prediction
-    ("eps", "v") override what the file says. clip_skip: 2 takes the text from the last layer but
+    "ldm"), which are downloaded once, or None for the bundled model. device, dtype: by default the
+    best available; the text encoder is always float32. family (one of `FAMILIES`) and prediction
+    ("eps", "v") override what the file says. clip_skip: 2 uses the text encoder's last layer but
     one, as some Stable Diffusion 1 fine-tunes were trained. vae: a file or folder with another
-    autoencoder. Weights that need no conversion stay in the file, mapped: replace it by renaming
-    another, never by writing into it. Raises `CheckpointError`, a ValueError.
+    autoencoder. Weights that need no conversion are memory-mapped: replace their file by renaming
+    another over it, never by writing into it. Raises `CheckpointError`, a ValueError.
     """
     if family not in (None, *FAMILIES):
         raise ValueError(f"family {family!r} is not known; use {', '.join(FAMILIES)}")
@@ -265,7 +265,7 @@ def load_model(
 
 def read_checkpoint(path: Path, family: str | None, vae: str | Path | None):
     """Return the tensors of all networks, the autoencoder's from `vae` if it is given, and the
-    arguments of `assemble` that are known."""
+    arguments of `assemble` that the files tell."""
     try:
         parts, known = (read_folder if path.is_dir() else read_single_file)(path, family)
     except CheckpointError as error:
@@ -280,7 +280,7 @@ def read_checkpoint(path: Path, family: str | None, vae: str | Path | None):
             raise CheckpointError(
                 f"no autoencoder; give one with --vae PATH, or as {beside[0].name}"
             )
-        warnings.warn(f"{path} has no autoencoder; {vae.name} beside it is taken")
+        warnings.warn(f"{path} has no autoencoder; {vae.name} beside it is used")
     if vae is not None:
         parts["autoencoder"], settings = read_autoencoder(find(vae, "vae"))
         known |= settings
@@ -293,9 +293,9 @@ def assemble(
     dtype: torch.dtype,
     family: str,
     prediction: str | None,
-    schedule: dict,  # of how the noise grows: arguments of `Schedule`
-    text_settings: tuple[dict, dict],  # of CLIP-L and of open_clip's encoder, see sizes.py
-    unet: dict,  # the UNet's and the autoencoder's sizes that shapes do not tell
+    schedule: dict,  # arguments of `Schedule`
+    text_settings: tuple[dict, dict],  # for CLIP-L and for open_clip's encoder, see sizes.py
+    unet: dict,  # sizes that the tensors' shapes do not tell; `autoencoder`: the same
     autoencoder: dict = {},
     vocabulary: Path | None = None,
     **about,  # other fields of LatentDiffusion
@@ -330,7 +330,7 @@ def assemble(
         **(FAMILIES[family] | about),
     )
     model.fingerprint = fingerprint(model.unet)
-    if not prediction and family in ("sd2", "sdxl"):  # there are both, with the same keys
+    if not prediction and family in ("sd2", "sdxl"):  # both kinds exist, with the same keys
         noise.prediction = measure_prediction(model)
     if family == "sd2" and noise.prediction == "v":
         model.size = 768
@@ -357,7 +357,7 @@ def filled(kind: type[nn.Module], config, state: Tensors, dtype, device) -> nn.M
 
 
 def load_text_encoder(family: str, state: Tensors, settings, device) -> nn.Module:
-    """Return the text encoder, float32. settings: of CLIP-L and of open_clip's encoder."""
+    """Return the text encoder, float32. settings: `text_settings` of `assemble`."""
     clip_l, open_clip = settings[0], dict(hidden_act="gelu") | settings[1]
     if family == "ldm":
         kind, config = BertTextEncoder, bert_config(state)
@@ -371,8 +371,8 @@ def load_text_encoder(family: str, state: Tensors, settings, device) -> nn.Modul
 
 
 def load_tokenizer(family: str, text: Tensors, vocabulary: Path | None):
-    """Return the tokenizer, and the text encoder's tensors without the rows of its table that an
-    earlier inversion has added. Warns of them."""
+    """Return the tokenizer and the text encoder's tensors. Rows that an earlier textual inversion
+    has added to the token table are left out, with a warning."""
     keys = dict(ldm="transformer.token_emb.weight", sdxl="token_table")
     key = keys.get(family, "text_model.embeddings.token_embedding.weight")
     if family == "ldm":
@@ -383,7 +383,7 @@ def load_tokenizer(family: str, text: Tensors, vocabulary: Path | None):
     rows, known = len(text[key]), tokenizer.vocab_size
     if family != "ldm" and known < rows <= known + MAX_VECTORS:
         more = f"the text encoder has {rows - known} more words than its vocabulary"
-        warnings.warn(f"{more}; they are passed over, give their files to --concept")
+        warnings.warn(f"{more}; they are ignored, give their files to --concept")
         return tokenizer, text | {key: text[key][:known]}
     if rows != known:
         found = f"its text encoder knows {rows} tokens, its vocabulary has {known}"
@@ -392,9 +392,9 @@ def load_tokenizer(family: str, text: Tensors, vocabulary: Path | None):
 
 
 def measure_prediction(model: LatentDiffusion) -> str:
-    """Tell an eps-model from a v-model by asking it (both kinds have the same keys).
+    """Return "eps" or "v", by running the model once: both kinds have the same keys.
 
-    At the last timestep x_t is nearly all noise: an eps-model returns it, a v-model about -x_0.
+    At the last timestep x_t is nearly all noise. An eps-model returns it, a v-model about -x_0.
     """
     generator = torch.Generator().manual_seed(0)
     x_t = torch.randn(1, model.unet.config.channels, 32, 32, generator=generator)
@@ -406,7 +406,7 @@ def measure_prediction(model: LatentDiffusion) -> str:
 
 
 def fingerprint(unet: UNet) -> str:
-    """Return 16 hexadecimal digits that name a base model: a hash of the signs of its weights. They
+    """Return 16 hexadecimal digits that identify a base model: a hash of its weights' signs, which
     are the same in every precision and layout."""
     weights = torch.cat([p.flatten()[:1000] for p in unet.parameters()])
     return hashlib.sha256(weights.cpu().signbit().numpy().tobytes()).hexdigest()[:16]
@@ -422,8 +422,8 @@ def load_clip(path: str | Path | None = None) -> CLIP:
 
     path: OpenAI's .pt, a TorchScript archive of which only the tensors are read; its state_dict; a
     file or folder in the layout of `transformers`; "vit-b-32", which is downloaded once; None for
-    the bundled one. Heads of 64 channels and QuickGELU are OpenAI's; others, as LAION's, must be in
-    a config.json as `transformers` writes it. Raises `CheckpointError`, a ValueError.
+    the bundled one. If heads do not have 64 channels, or the GELU is not OpenAI's QuickGELU (as in
+    LAION's), `transformers`' config.json must say so. Raises `CheckpointError`, a ValueError.
     """
     path = find(path, "clip") if path is not None else BUNDLED / "clip.safetensors"
     try:

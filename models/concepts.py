@@ -3,13 +3,13 @@
 The paper's code: a pickled {"string_to_token", "string_to_param": ParameterDict {string: (V, D)}}.
 A1111: the same with a plain dict, "name", "step" and the base model; or that as JSON in a picture.
 diffusers: {placeholder: (V, D) or (D,)}, several vectors also as `name`, `name_1`, `name_2`, ...
-kohya, ComfyUI, InvokeAI: {"emb_params": (V, D)}. OneTrainer: {"emp_params": (V, D)}, spelt so.
+kohya, ComfyUI, InvokeAI: {"emb_params": (V, D)}. OneTrainer: {"emp_params": (V, D)}, with a p.
 SDXL: {"clip_l": (V, 768), "clip_g": (V, 1280)} in any container, or in two files of diffusers'
-script, learned_embeds and learned_embeds_2; here one (V, 768 + 1280). "clip_l" alone is a word of
-Stable Diffusion 1.
+script, learned_embeds and learned_embeds_2. A Concept joins them to (V, 768 + 1280). "clip_l" alone
+is a word of Stable Diffusion 1.
 A LoRA may hold words in any of these layouts: {"bundle_emb.NAME.emb_params": (V, D)}.
 
-The content of a file decides on its format, not its suffix. Nothing in it can run (files.py).
+A file's content tells its format, not its suffix. Code in a file never runs (files.py).
 """
 
 import base64
@@ -33,15 +33,15 @@ from .files import CheckpointError
 from .published import find
 from .tokenizers import nfc
 
-FORMATS = dict(  # the layouts that are written, and to which files
+FORMATS = dict(  # the layouts that can be written, and the suffixes of their files
     diffusers=(".safetensors",), emb_params=(".safetensors",), a1111=(".pt", ".png"), paper=(".pt",)
 )
 MAX_VECTORS, MAX_WIDTH = 1000, 16384  # of a word
 MAX_TABLE = 1 << 22  # bytes of pickle, header or JSON; those of whole checkpoints are below 1 MB
-PNG, PNG_KEY = b"\x89PNG\r\n\x1a\n", "sd-ti-embedding"  # first bytes; A1111's text chunk
-SDXL = (768, 1280)  # widths of the halves of its words
+PNG, PNG_KEY = b"\x89PNG\r\n\x1a\n", "sd-ti-embedding"  # a PNG's first bytes; A1111's text chunk
+SDXL = (768, 1280)  # widths of the two halves of SDXL's words
 SECOND = ("clip_g", "text_encoders_1")  # keys of the second half; the latter in old Replicate files
-# The key of a word that the layout does not name, or names as one of a bundle.
+# Keys of layouts that do not name their word, or name it as one of a bundle.
 PART = re.compile(
     r"(?:bundle_emb\.(.+)\.)?(clip_[lg]|text_encoders_[01]|em[bp]_params|string_to_param\.[^.]+)"
 )
@@ -56,15 +56,15 @@ REFUSED = {  # pattern of a key in the file: what that file is
     "^emp_params_out$": "only OneTrainer's output embedding, no word; train without that option",
     "^(320|640|768|1024|1280)$": "a hypernetwork, no learnt word; A1111's web UI reads it",
 }
-# Control characters, line separators, text that runs backwards, halves of characters; unlike
-# str.isprintable, not what joins an emoji.
+# Control characters, line separators, marks that reverse text, lone surrogates. Unlike
+# str.isprintable, this accepts the characters that join emoji.
 HARMFUL = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 clean = partial(HARMFUL.sub, "?")
 
 
 @dataclass(repr=False)
 class Concept:
-    """A learnt word: what stands for it in prompts, and its vectors (V, D), float32.
+    """A learnt word: its name in prompts (the placeholder), and its vectors (V, D), float32.
 
     V is 1 in the paper's main setup; more vectors act like several words in a row (section 5.2).
     The placeholder is in Unicode's form NFC, as prompts are, with "?" for harmful characters.
@@ -90,7 +90,7 @@ class Concept:
         """Write the word to a file, all or nothing.
 
         format: one of `FORMATS`, by default diffusers' for .safetensors, A1111's for .pt and .png.
-        picture: what carries the word in a .png. Raises ValueError if the file cannot be written.
+        picture: for a .png, where to put the word. Raises ValueError if it cannot be written.
         """
         files.write_file(path, encode_concept(self, format, Path(path).suffix, picture), overwrite)
 
@@ -106,9 +106,9 @@ def load_concept(path: str | Path) -> Concept:
 def load_concepts(path: str | Path) -> list[Concept]:
     """Return the words in a file of any layout named above, or in a folder with one such file.
 
-    A word without a name (A1111's .pt, kohya's, a bare tensor) is called as the metadata says, or
-    after the file. Metadata is that of a .safetensors, and A1111's as "steps", "base_model" and
-    "base_model_hash". Raises `CheckpointError`, a ValueError of one line.
+    A word without a name (A1111's .pt, kohya's, a bare tensor) is named as the metadata says, else
+    after the file. Metadata is kept from a .safetensors, and from A1111's files as "steps",
+    "base_model" and "base_model_hash". Raises `CheckpointError`, a ValueError of one line.
     """
     path = word_file(find(path))
     with files.checking(path, EXPECTED):
@@ -146,14 +146,14 @@ def words_in(files: Sequence[str], renames: Sequence[str]) -> list[Concept]:
 
 
 def word_file(path: Path) -> Path:
-    """Return the file of the word in a folder: the newest of diffusers' script, or the only word.
-    Return a file as it is."""
+    """Return the word file in a folder: the latest one of diffusers' script, or the only word. If
+    `path` is a file already, return it."""
     if not path.is_dir():
         return path
     endings = (".safetensors", ".pt", ".bin", ".png")
     found = sorted(p for p in path.iterdir() if p.suffix.lower() in endings)
     learned = [p for p in found if re.fullmatch(r"learned_embeds(-steps-\d+)?", p.stem)]
-    if learned:  # without a number the last, else that of the most steps
+    if learned:  # the file without a step number is the last, else the one with the most steps
         return max(learned, key=lambda p: ("-" not in p.stem, len(p.stem), p.stem, p.suffix))
     words = []
     for file in found:
@@ -168,7 +168,7 @@ def word_file(path: Path) -> Path:
 
 
 def open_word(path: Path) -> tuple[dict, dict[str, str], str]:
-    """Return a file's content, its metadata, and the name for a word that has none there."""
+    """Return a file's content, its metadata, and a name for a word that has no name in it."""
     with open(path, "rb") as file:
         if file.read(len(PNG)) != PNG:
             content, metadata = files.open_content(path, MAX_TABLE)
@@ -185,7 +185,7 @@ def open_word(path: Path) -> tuple[dict, dict[str, str], str]:
 
 
 def words_of(content: dict, name: str) -> dict[str, Tensor]:
-    """Return the vectors (V, D) of each word; `name` is for a word that has none there."""
+    """Return the vectors (V, D) of each word; `name` is for a word that has no name in it."""
     table = content.get("string_to_param", content.get("state_dict", content))
     if isinstance(table, files.Stub):  # a ParameterDict, of any torch
         table = table.state["_parameters"]
@@ -201,7 +201,7 @@ def words_of(content: dict, name: str) -> dict[str, Tensor]:
             warnings.warn(f"{', '.join(words)}: read without the LoRA that is in the same file")
         if not all(False in halves for halves in words.values()):
             raise CheckpointError("half of a word for SDXL, which needs clip_l and clip_g")
-        # False, the first half, comes before True.
+        # Sorted, False (the first half) comes before True (the second).
         return {n: torch.cat([h[i] for i in sorted(h)], dim=1) for n, h in words.items()}
     for pattern, what in REFUSED.items():
         if any(re.search(pattern, str(key)) for key in table):
@@ -212,8 +212,8 @@ def words_of(content: dict, name: str) -> dict[str, Tensor]:
 
 
 def checked(name: str, tensor: Tensor) -> Tensor:
-    """Return a copy (V, D) in float32 of a stored (V, D) or (D,). Raises `CheckpointError` for
-    tensors that are no word, without reading them."""
+    """Return a float32 copy (V, D) of a stored tensor (V, D) or (D,). Raises `CheckpointError` for
+    tensors that are not a word; their shape and type tell, before the data are read."""
     rows = tensor[None] if tensor.ndim == 1 else tensor
     fits = rows.ndim == 2 and 0 < len(rows) <= MAX_VECTORS and 0 < rows.shape[1] <= MAX_WIDTH
     if not (fits and rows.is_floating_point()):
@@ -221,7 +221,7 @@ def checked(name: str, tensor: Tensor) -> Tensor:
             f"{name[:80]!r} holds {tensor.dtype} of shape {tuple(tensor.shape)[:8]}; a word's are "
             f"floats (V, D) with V from 1 to {MAX_VECTORS:,} and D to {MAX_WIDTH:,}"
         )
-    # Trap: a view would keep its file mapped, and torch.save writes all that it is a view of.
+    # Trap: a view would keep its file mapped, and torch.save would write the whole tensor under it.
     vectors = rows.float().clone(memory_format=torch.contiguous_format)
     if not vectors.isfinite().all():
         raise CheckpointError(f"{name[:80]!r} holds NaN or infinity; take an earlier file")
@@ -229,7 +229,7 @@ def checked(name: str, tensor: Tensor) -> Tensor:
 
 
 def join_numbered(words: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Join `name`, `name_1`, `name_2`, ... of one vector each to one word of several."""
+    """Join `name`, `name_1`, `name_2`, ... with one vector each into one word with several."""
     joined: dict[str, list[Tensor]] = {}
     for name in sorted(words, key=lambda name: (len(name), name)):  # `name` before `name_1`
         first, _, number = name.rpartition("_")
@@ -254,7 +254,7 @@ def encode_concept(
     """Return the bytes of a word's file; arguments as in `Concept.save`. Raises ValueError.
 
     A .safetensors keeps all metadata and the placeholder; A1111's files keep "steps", "base_model"
-    and "base_model_hash". Other programs call the word of a .pt after the file.
+    and "base_model_hash". Other programs name the word in a .pt after the file.
     """
     content = content_of(concept, default_format(suffix, format))
     if suffix.lower() == ".safetensors":
@@ -275,14 +275,14 @@ def encode_concept(
 def content_of(concept: Concept, format: str) -> dict:
     """Return what the file of a word contains in one of `FORMATS`."""
     vectors = checked(concept.placeholder, concept.vectors.detach().cpu())
-    if vectors.shape[1] == sum(SDXL):  # A1111 takes every other entry for a tensor, also a name
+    if vectors.shape[1] == sum(SDXL):  # without a name, which A1111 would take for a tensor
         first, second = vectors.split(SDXL, dim=1)
         return dict(clip_l=first.contiguous(), clip_g=second.contiguous())
     if format == "diffusers":
         return {concept.placeholder: vectors}
     if format == "emb_params":
         return {"emb_params": vectors}
-    if format == "paper":  # whose code finds the word by its one id in the tokenizer
+    if format == "paper":  # the paper's code finds the word by its one token id
         token = torch.tensor(BERT_STAR if vectors.shape[1] == 1280 else STAR)
         parameters = nn.ParameterDict({"*": nn.Parameter(vectors)})
         return {"string_to_token": {"*": token}, "string_to_param": parameters}

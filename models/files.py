@@ -1,8 +1,8 @@
-"""Tensors out of files, and files that are written all or nothing.
+"""Read tensors from files without running code in them; write files all or nothing.
 
-PyTorch and safetensors read: `torch.load(weights_only=True)` builds containers and tensors and
-calls nothing else. Tensors are mapped, copy on write. While they are in use, replace their file by
-renaming another, as `write_file` does, never by writing into it.
+`torch.load(weights_only=True)` builds containers and tensors and calls nothing else; .safetensors
+hold no code. Tensors are memory-mapped, copy on write. While they are in use, replace their file by
+renaming another over it, as `write_file` does, never by writing into it.
 """
 
 import csv
@@ -31,7 +31,7 @@ EXPECTED = "expected LDM or Stable Diffusion 1, 2 or XL: .ckpt, .safetensors or 
 
 
 class CheckpointError(ValueError):
-    """A file that is not what it should be: one line, with "?" for unprintable characters."""
+    """A file cannot be used. The message is one line, with "?" for unprintable characters."""
 
     def __init__(self, message: str):
         super().__init__("".join(c if c.isprintable() else "?" for c in message))
@@ -44,7 +44,7 @@ def some(names: Iterable[str]) -> str:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Return True if memory ran out: on the CPU and in NVIDIA's libraries a RuntimeError."""
+    """Return True if memory ran out; for PyTorch that may be a RuntimeError that says so."""
     said = "out of memory|can't allocate memory|not enough memory|ALLOC_FAILED"
     return isinstance(error, MemoryError) or bool(re.search(said, str(error)))
 
@@ -55,7 +55,7 @@ def checking(path: Path, expected: str = EXPECTED):
     try:
         yield
     except CheckpointError as e:
-        name = str(CheckpointError(str(path)))  # of the file, or of the folder that it lies in
+        name = str(CheckpointError(str(path)))  # is it named already, or a file in its folder?
         if str(e).startswith((f"{name}: ", f"{name}{os.sep}")):
             raise
         raise CheckpointError(f"{path}: {e}") from e
@@ -64,7 +64,7 @@ def checking(path: Path, expected: str = EXPECTED):
             raise
         if isinstance(e, OSError) and e.strerror:
             raise CheckpointError(f"{path}: {e.strerror}; {expected}") from e
-        # Trap: torch.load puts advice in place of the cause, which is left as the context.
+        # Trap: torch.load's message is advice; the cause is in the exception's context.
         cause = (e.__context__ or e) if isinstance(e, UnpicklingError) else e
         reason = f"it has no {cause}" if isinstance(cause, KeyError) else str(cause)
         reason = (reason or type(cause).__name__).splitlines()[0][:200]
@@ -73,7 +73,7 @@ def checking(path: Path, expected: str = EXPECTED):
 
 
 def contents(path: Path) -> str:
-    """Describe what does not load: often a cut download, a web page or a git-lfs pointer."""
+    """Describe a file that does not load: often a cut download, a web page or a git-lfs pointer."""
     if path.is_dir():
         return "a folder with " + some(sorted(p.name for p in path.iterdir()))
     with open(path, "rb") as file:
@@ -86,8 +86,8 @@ def contents(path: Path) -> str:
 
 
 class Stub:
-    """Stands for classes and functions of a pickle that PyTorch does not know. It takes any
-    arguments, does nothing, and keeps a state given to it as plain data."""
+    """Replaces classes and functions in a pickle that PyTorch does not know. It takes any
+    arguments, does nothing, and keeps its pickled state as plain data."""
 
     state = None
 
@@ -117,8 +117,8 @@ def tensors_in(table: dict) -> dict[str, Tensor]:
 
 
 def open_content(path: Path, limit: int | None = None) -> tuple[object, dict[str, str]]:
-    """Return what a file holds, tensors mapped, and its metadata. Its first bytes tell the format.
-    limit: the most bytes that may describe the tensors, for files of words."""
+    """Return a file's content, tensors mapped, and its metadata. Its first bytes tell the format.
+    limit: the largest pickle or header in bytes, for files of words."""
     with open(path, "rb") as file:
         start = file.read(16)
         file.seek(0)
@@ -127,7 +127,7 @@ def open_content(path: Path, limit: int | None = None) -> tuple[object, dict[str
         if start.startswith(BEFORE_1_6):
             return torch.load(file, map_location="cpu", weights_only=True), {}
     size = int.from_bytes(start[:8], "little")
-    if size < path.stat().st_size:  # else it is no .safetensors at all
+    if size < path.stat().st_size:  # else it is not a .safetensors file
         check_size(size, limit)
     with safe_open(path, framework="pt") as tensors:
         return {key: tensors.get_tensor(key) for key in tensors.keys()}, tensors.metadata() or {}
@@ -141,11 +141,11 @@ def check_size(size: int, limit: int | None) -> None:
 
 
 def unpickle(path: Path, file: BinaryIO, limit: int | None) -> object:
-    """Return what torch.save wrote into a zip, without calling anything that it names."""
+    """Return what torch.save wrote into a zip, without running any function that it names."""
     with zipfile.ZipFile(file) as archive:
         entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}
     check_size(entries["data.pkl"].file_size, limit)
-    # Trap: torch.load goes by this suffix alone, and maps compressed data as they are.
+    # Trap: torch.load trusts this suffix whatever the content, and maps compressed data undecoded.
     mapped = path.suffix != ".safetensors" and not any(e.compress_type for e in entries.values())
     if "constants.pkl" in entries:  # a TorchScript archive, which torch.load would run
         mapped, file = False, without_code(file)
@@ -177,7 +177,7 @@ def tensors_of_modules(module: Stub) -> dict[str, object]:
 
 class Output:
     """Wraps standard output or error so that printing never fails: characters that the stream lacks
-    are replaced, and what nobody reads any more is dropped."""
+    are replaced, and output that cannot be written is dropped."""
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")  # Python's stream is None if it is closed
@@ -215,7 +215,7 @@ def free_target(path: str | Path, overwrite: bool, ending: str = "") -> Path:
         raise ValueError(f"{path} exists; choose another name or say --overwrite")
     folder = next(p for p in path.resolve().parents if p.exists())
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise ValueError(f"{path} cannot be written: {folder} is no folder that you may write to")
+        raise ValueError(f"{path} cannot be written: {folder} is not a folder you may write to")
     return path
 
 
@@ -243,7 +243,7 @@ INFOTEXT |= dict(size="Size", model_hash="Model hash", model="Model", clip_skip=
 
 
 def infotext(prompt: str, settings: dict) -> str:
-    """Return prompt and settings in the form that A1111's web UI and its like write and read."""
+    """Return prompt and settings in the format that A1111's web UI and others write and read."""
     settings, pairs = dict(title="DDIM", size=()) | settings, []
     settings["size"] = "x".join(map(str, settings["size"]))
     for name, label in INFOTEXT.items():
@@ -255,8 +255,8 @@ def infotext(prompt: str, settings: dict) -> str:
 
 
 def write_png(path: str | Path, image: Image.Image, text: dict, overwrite: bool) -> None:
-    """Write a PNG whose text chunks say how it was made; with "settings" among them also in the
-    chunk "parameters", as A1111's web UI does."""
+    """Write a PNG whose text chunks say how it was made. If "settings" is among them, add the chunk
+    "parameters", as A1111's web UI writes it."""
     if "settings" in text:
         text = text | dict(parameters=infotext(text["prompt"], text["settings"]))
     write_file(path, png_bytes(image, text), overwrite)
@@ -273,8 +273,8 @@ def png_bytes(image: Image.Image, text: dict) -> bytes:
 
 
 def settings_beside(path: Path) -> dict[str, str]:
-    """Return the `key: value` lines of the original configuration beside model.ckpt, model.yaml or
-    config.yaml, or nothing."""
+    """Return the `key: value` lines of the original configuration, model.yaml or config.yaml beside
+    model.ckpt; empty if there is none."""
     beside = (path.with_suffix(".yaml"), path.with_name("config.yaml"))
     text = next((file.read_text(errors="replace") for file in beside if file.is_file()), "")
     lines = re.findall(r"^\s*(\w+):[ \t]*[\"']?([^\s\"'#]+)", text, re.MULTILINE)
@@ -297,7 +297,7 @@ def text_lines(path: str | Path) -> list[str]:
         content = Path(path).read_bytes()
         lines = content.decode("utf-16" if b"\0" in content else "utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise OSError(f"no text in UTF-8 or UTF-16 ({error}); save it as UTF-8") from None
+        raise OSError(f"not text in UTF-8 or UTF-16 ({error}); save it as UTF-8") from None
     return [line for line in lines if line.strip()]
 
 

@@ -1,7 +1,7 @@
-"""The names of tensors in other programs' files, as our modules have them.
+"""Rename the tensors of other programs' files to the names that our modules use.
 
-Ours are CompVis' names, and for CLIP those of `transformers`, as in CompVis' files: single files
-load unrenamed. The names of diffusers, open_clip and OpenAI are changed by whole dotted segments.
+Our names are CompVis', and for CLIP those of `transformers`, as in CompVis' files: single files
+load unrenamed. In names of diffusers, open_clip and OpenAI, whole dotted segments are replaced.
 """
 
 import re
@@ -50,7 +50,7 @@ AUTOENCODER_NAMES = {
 }
 AUTOENCODER_NAMES |= dict(down_blocks="down", resnets="block", conv_shortcut="nin_shortcut")
 AUTOENCODER_NAMES |= dict(conv_norm_out="norm_out", group_norm="norm", to_q="q", to_k="k", to_v="v")
-# diffusers before 0.15, and so every published Stable Diffusion folder
+# The names of diffusers before 0.15, which published Stable Diffusion folders have.
 AUTOENCODER_NAMES |= dict(query="q", key="k", value="v", proj_attn="proj_out")
 # open_clip's and OpenAI's names to those of `transformers`
 CLIP_NAMES = {
@@ -69,7 +69,7 @@ OPEN_CLIP_LAYERS = {1024: 24, 1280: 32}  # by width: ViT-H and ViT-bigG
 
 
 def unet_from_diffusers(state: Tensors) -> Tensors:
-    """Rename a UNet. CompVis numbers its blocks in a row, diffusers by level and kind."""
+    """Rename a UNet. CompVis numbers its blocks in one list, diffusers by level and kind."""
     resnets = count(state, r"down_blocks\.0\.resnets\.(\d+)\.")
 
     def name(key: str) -> str:
@@ -90,8 +90,8 @@ def unet_from_diffusers(state: Tensors) -> Tensors:
 
 
 def autoencoder_from_diffusers(state: Tensors) -> Tensors:
-    """Rename an autoencoder, or only its attention, as some single files need it. diffusers counts
-    the decoder's levels from the other end, and its 1x1 convolutions are matrices."""
+    """Rename diffusers' autoencoder; in some single files only the attention needs it. diffusers
+    counts the decoder's levels in the opposite order, and stores 1x1 convolutions as matrices."""
     levels = count(state, r"decoder\.up_blocks\.(\d+)\.")
 
     def name(key: str) -> str:
@@ -102,9 +102,9 @@ def autoencoder_from_diffusers(state: Tensors) -> Tensors:
 
 
 def clip_to_transformers(state: Tensors) -> Tensors:
-    """Return CLIP or one of its towers, from any names; some files leave out `text_model.`.
+    """Rename CLIP or one of its towers, from any layout; some files leave out `text_model.`.
 
-    Trap: OpenAI's and open_clip's projections multiply from the right; q, k and v are stacked.
+    Trap: OpenAI and open_clip store projections transposed, and q, k and v stacked in one tensor.
     """
     foreign = any(".resblocks." in key for key in state)
     renamed: Tensors = {}
@@ -120,10 +120,10 @@ def clip_to_transformers(state: Tensors) -> Tensors:
 
 
 def text_up_to_penultimate(state: Tensors, layers: int | None) -> Tensors:
-    """Return SD 2's text encoder without its last block: the model takes the one before.
+    """Return SD 2's text encoder without its last block: the model uses the one before.
 
-    Trap: many files have lost the last block already. layers: of the full encoder, if that is
-    known; else a file is full if it has what only the last block is needed for.
+    Trap: many files come without the last block already. layers: how many the full encoder has, if
+    known; else a file counts as full if it has tensors that only the last block's output needs.
     """
     width = state["text_model.final_layer_norm.weight"].shape[0]
     there = count(state, r"text_model\.encoder\.layers\.(\d+)\.")
@@ -141,11 +141,11 @@ def first_layers(state: Tensors, layers: int) -> Tensors:
 
 
 def side_by_side(first: Tensors, second: Tensors) -> Tensors:
-    """Return SDXL's CLIP-L and bigG, in any names, as one encoder with one table of tokens."""
+    """Return SDXL's CLIP-L and bigG, from any layout, as one encoder with one token table."""
     first, second = clip_to_transformers(first), clip_to_transformers(second)
-    first.pop("text_projection.weight", None)  # of CLIP-L, which is not used
+    first.pop("text_projection.weight", None)  # SDXL does not use CLIP-L's projection
     state = {k.replace("text_model", "clip_l"): v for k, v in first.items()}
     state |= {k.replace("text_model", "clip_g"): v for k, v in second.items()}
     tables = [state.pop(f"{t}.embeddings.token_embedding.weight") for t in ("clip_l", "clip_g")]
-    rows = min(map(len, tables))  # one of them may have words of an earlier inversion
+    rows = min(map(len, tables))  # one may have rows that an earlier textual inversion added
     return state | {"token_table": torch.cat([table[:rows].float() for table in tables], dim=1)}

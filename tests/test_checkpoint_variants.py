@@ -254,7 +254,7 @@ def test_a_text_encoder_with_words_of_an_earlier_inversion(tmp_path, family):
     save_file(text, path / "text_encoder/model.safetensors")
     added = json.dumps({"<cat>": size, "<dog>": size + 1})
     (path / "tokenizer/added_tokens.json").write_text(added)
-    with pytest.warns(UserWarning, match="2 more words than .*; they are passed over"):
+    with pytest.warns(UserWarning, match="2 more words than .*; they are ignored"):
         assert_same(path, family)
 
 
