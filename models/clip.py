@@ -66,7 +66,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.fc1(x)
-        # Trap: OpenAI's CLIP approximates GELU by a sigmoid; it changes the features by 5 %.
+        # Trap: OpenAI's CLIP approximates GELU by a sigmoid; the exact one changes features by 5 %.
         return self.fc2(h * torch.sigmoid(1.702 * h) if self.quick_gelu else F.gelu(h))
 
 
@@ -116,7 +116,7 @@ class CLIPTextEncoder(nn.Module):
     """The text encoder of Stable Diffusion 1 (CLIP-L) and 2 (open_clip's ViT-H).
 
     Trap: SD 2 applies the final norm to the output of the penultimate layer. So its last layer is
-    never built (`config.layers` is 23, not 24), and both take the last output.
+    never built (`config.layers` is 23, not 24), and both models use the output of the last layer.
     """
 
     def __init__(self, config: TextConfig):
@@ -144,7 +144,7 @@ class SDXLTextEncoder(nn.Module):
 
     def __init__(self, configs: tuple[TextConfig, TextConfig]):
         super().__init__()
-        self.config = configs[0]  # both have its vocabulary and length
+        self.config = configs[0]  # both encoders have this vocabulary and length
         self.widths = tuple(config.width for config in configs)
         self.token_table = nn.Parameter(torch.zeros(self.config.vocab_size, sum(self.widths)))
         self.clip_l, self.clip_g = (TextModel(config) for config in configs)
@@ -205,13 +205,13 @@ class CLIP(nn.Module):
     def encode_text(self, ids: Tensor, end_id: int) -> Tensor:
         """Return features (B, width), not normalised, of token ids (B, L).
 
-        Trap: they are read at the first `end_id`. OpenAI's code reads them at the largest id, which
-        is a placeholder's once there is one.
+        Trap: they are taken at the first `end_id`. OpenAI's code takes them at the largest id, but
+        a placeholder's id is larger than the end token's.
         """
         _, features = self.text_model(self.text_model.embeddings.token_embedding(ids))
         end = (ids == end_id).int().argmax(dim=1)
         return self.text_projection(features[torch.arange(len(ids)), end])
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """Return features (B, width), not normalised, of (rgb - MEAN) / STD, (B, 3, H, W)."""
+        """Return features (B, width), not normalised. pixels (B, 3, H, W): (rgb - MEAN) / STD."""
         return self.visual_projection(self.vision_model(pixels))

@@ -50,11 +50,11 @@ STAR, BERT_STAR = 265, 1008  # the id of "*" in CLIP's tokenizer and in BERT's
 A1111_KEYS = dict(steps="step", base_model_hash="sd_checkpoint", base_model="sd_checkpoint_name")
 EXPECTED = "expected a learnt word (.safetensors, .pt, .bin, .png); if it is one, download it again"
 REFUSED = {  # pattern of a key in the file: what that file is
-    LORA: "a LoRA, no learnt word; it changes the model's weights, which only other programs do",
-    r"^(encoder|decoder)\.(conv_in|down|up|mid)": "an autoencoder (VAE), no learnt word",
-    r"\.(weight|bias)$": "a model's weights, no learnt word; a checkpoint goes to --model",
+    LORA: "a LoRA, not a learnt word; it changes the model's weights, which only other programs do",
+    r"^(encoder|decoder)\.(conv_in|down|up|mid)": "an autoencoder (VAE), not a learnt word",
+    r"\.(weight|bias)$": "a model's weights, not a learnt word; a checkpoint goes to --model",
     "^emp_params_out$": "only OneTrainer's output embedding, no word; train without that option",
-    "^(320|640|768|1024|1280)$": "a hypernetwork, no learnt word; A1111's web UI reads it",
+    "^(320|640|768|1024|1280)$": "a hypernetwork, not a learnt word; A1111's web UI reads it",
 }
 # Control characters, line separators, marks that reverse text, lone surrogates. Unlike
 # str.isprintable, this accepts the characters that join emoji.

@@ -1,7 +1,7 @@
 """Pictures in and out: files to tensors in [-1, 1], and back to PIL images.
 
-A picture is shown to the model as the largest square in its middle, upright, in RGB, on white where
-it is transparent; it is never stretched.
+The model sees the largest square in the middle of a picture: upright, in RGB, with white where the
+picture is transparent. Pictures are never stretched.
 """
 
 import io
@@ -21,10 +21,10 @@ from torch import Tensor
 from .files import text_lines
 from .tokenizers import nfc
 
-# What Pillow opens, but cannot read as a picture by itself. EPS it would run, by Ghostscript.
+# Formats that Pillow opens, but cannot read by itself. It would run an EPS file by Ghostscript.
 NO_PICTURES = {"EPS", "MPEG", "BUFR", "GRIB", "HDF5", "WMF"}
-LARGE = 1 << 25  # pixels; pictures with more are reduced to about as many
-MAX_PIXELS = 1 << 28  # in memory while one is read: 1 GiB
+LARGE = 1 << 25  # pixels; larger pictures are reduced to about this size
+MAX_PIXELS = 1 << 28  # of a picture that is being read; they take 1 GiB of memory
 Images = str | Path | Sequence[str | Path | Image.Image]
 
 
@@ -54,7 +54,7 @@ def find_images(folder: str | Path) -> list[Path]:
 
 @contextmanager
 def opened(path: str | Path):
-    """Open a picture, even a large one, which `read_image` bounds, or a PNG with long texts."""
+    """Open a picture without Pillow's limits on pixels (`read_image` has one) and on PNG texts."""
     before = Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK
     Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = None, PngImagePlugin.MAX_TEXT_MEMORY
     try:
@@ -75,7 +75,7 @@ def fault_of(path: Path) -> str | None:
         with opened(path) as image:
             image.close()
             return None
-    except Exception:  # plugins raise whatever a foreign file leads to
+    except Exception:  # Pillow's plugins raise nearly anything for foreign files
         ending = path.suffix.lower()
     with open(path, "rb") as file:
         phone = re.match(rb"(?s).{4}ftyp.*(avi|hei|hev|mif1)", file.read(32))
@@ -86,18 +86,18 @@ def fault_of(path: Path) -> str | None:
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """Return a file's picture, loaded, its first frame; a very large one reduced. Raises ValueError
-    if the file is not readable as a picture, or too large."""
+    """Load a file's picture (the first frame), reduced if it is very large. Raises ValueError if
+    the file is not readable as a picture, or too large."""
     try:
         with opened(path) as image:
             shrink = max(1, math.sqrt(image.width * image.height / LARGE))
             small = int(image.width / shrink), int(image.height / shrink)
-            image.draft(None, small)  # a JPEG is decoded at a half, a quarter or an eighth
+            image.draft(None, small)  # decodes a JPEG at a half, a quarter or an eighth of its size
             if image.width * image.height > MAX_PIXELS:
                 size = f"{image.width}x{image.height} pixels"
                 raise ValueError(f"{size}, {MAX_PIXELS:,} at most; save it smaller")
             image.load()
-            if not image.mode.startswith("I;"):  # which Pillow does not resize
+            if not image.mode.startswith("I;"):  # 16 bits, which Pillow cannot resize
                 image.thumbnail(small)
             return image
     except (OSError, ValueError, SyntaxError) as error:
@@ -111,7 +111,7 @@ def open_image(source: str | Path | Image.Image, background: str = "white") -> I
     image = source if isinstance(source, Image.Image) else read_image(source)
     try:
         image = ImageOps.exif_transpose(image)
-    except Exception as error:  # Pillow raises whatever the damaged tags lead to
+    except Exception as error:  # Pillow raises nearly anything for damaged tags
         warnings.warn(f"{source}: damaged EXIF ({error}), orientation ignored")
     profile, alpha = image.info.get("icc_profile"), None
     if image.mode[0] in "IF":  # Pillow would clip 16 bits to white
@@ -135,7 +135,7 @@ def open_image(source: str | Path | Image.Image, background: str = "white") -> I
 
 
 def in_srgb(image: Image.Image, profile: bytes, name) -> Image.Image:
-    """Return a picture (L, RGB or CMYK) converted from its colour profile; `name` is for notes."""
+    """Return a picture (L, RGB or CMYK) converted from its profile to sRGB; warnings say `name`."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if image.mode == "L" and source.profile.xcolor_space.strip() == "RGB":
@@ -148,9 +148,9 @@ def in_srgb(image: Image.Image, profile: bytes, name) -> Image.Image:
 
 
 def written_templates(choice: str, pictures: Sequence[Path], placeholder: str) -> list:
-    """Return the templates in a file, one template, or the captions beside the pictures; as lists,
-    one per picture, where they differ. As in A1111, [name] is the word and [filewords] a picture's
-    caption, or else the name of its file without the number in front."""
+    """Return the templates of `choice`: a file, one template, or "captions", those beside pictures.
+    If they differ by picture, return a list for each picture. As in A1111, [name] is the word and
+    [filewords] a picture's caption, else the name of its file without the number in front."""
     if choice == "captions":
         return [read_captions(caption_of(path), placeholder) for path in pictures]
     single = any(mark in choice for mark in ("{}", "[name]", placeholder))
@@ -192,8 +192,8 @@ def read_captions(path: str | Path, placeholder: str) -> list[str]:
 
 
 def warn_of_photographs(paths: Sequence[Path], bundled: bool) -> None:
-    """Warn of pictures that are large, or have many colours, if the bundled model is to learn from
-    them. Raises ValueError for one that is not readable."""
+    """Read all pictures. If the bundled model is to learn from them, warn of large ones and of ones
+    with many colours. Raises ValueError for one that is not readable."""
     found = False
     for image in map(open_image, paths):
         colours = ImageOps.fit(image, (64, 64)).getcolors(64 * 64)
@@ -204,8 +204,8 @@ def warn_of_photographs(paths: Sequence[Path], bundled: bool) -> None:
 
 
 def open_mask(source: str | Path | Image.Image, image: Image.Image) -> Image.Image:
-    """Return how much each pixel of a picture counts, grey: what NAME.mask.png beside NAME.jpg
-    shows, else the picture's alpha channel, else white. Raises ValueError for another size."""
+    """Return a grey picture of how much each pixel counts: NAME.mask.png beside NAME.jpg, else the
+    picture's alpha channel, else white. Raises ValueError if the mask has another size."""
     beside = None if isinstance(source, Image.Image) else Path(source).with_suffix(".mask.png")
     if beside and beside.exists():
         mask = open_image(beside, "black").convert("L")
@@ -259,8 +259,8 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 def grid(
     images: Sequence[Image.Image], columns: int | None = None, gap: int = 2, least: int = 1
 ) -> Image.Image:
-    """Return one picture of many, row by row; as square as possible unless `columns` is given.
-    Those below `least` pixels are enlarged by a whole factor."""
+    """Return all pictures in one, row by row; as square as possible unless `columns` is given.
+    Pictures smaller than `least` pixels are enlarged by a whole factor."""
     columns = columns or math.ceil(len(images) ** 0.5)
     factor = math.ceil(least / min(images[0].size))
     images = [ImageOps.scale(image, factor, Image.Resampling.LANCZOS) for image in images]

@@ -9,8 +9,8 @@ A run that learns `cat.safetensors` keeps beside it
     cat.step-N.png   previews
     cat.image-N.*    the words of single pictures, if asked for
 
-Every random draw of a step follows from the seed and the number of the step, so the state needs no
-generators, and a run that was killed resumes to the same bits from whichever state it finds.
+All random numbers of a step follow from the seed and the step's number. So no generator needs to be
+saved, and a run that was killed and resumed ends with the same bits as one that was not.
 """
 
 import csv
@@ -36,7 +36,7 @@ from .files import checking, shortened, write_file, write_png, write_table
 # Early stopping (Voronov et al. 2023, "Is This Loss Informative?", arXiv:2302.04841): the loss of a
 # new batch depends on its timesteps more than on the word, so every STOP_EVERY steps it is measured
 # on the same batches. Training has converged when the variance of the last STOP_WINDOW values is
-# below STOP_SHARE of that of all. (The paper: every step, 310 of them, 0.15.)
+# below STOP_SHARE times the variance of all. (Voronov et al.: every step, 310 values, 0.15.)
 STOP_EVERY, STOP_WINDOW, STOP_SHARE = 10, 10, 0.05
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 ANEW = "start over with --overwrite"
@@ -44,7 +44,7 @@ ANEW = "start over with --overwrite"
 
 @dataclass
 class State:
-    """Where training stands after a step. The vectors are in training: clone what you keep."""
+    """The state of training after a step. Later steps change the vectors: clone what you keep."""
 
     step: int
     steps: int  # the last step
@@ -56,7 +56,7 @@ class State:
     start: Tensor  # the vectors before the first step
     fixed_loss: float | None = None  # for early stopping, if this step measured it
     fixed_losses: list[float] = field(default_factory=list)
-    best: list[Tensor] = field(default_factory=list)  # the vectors with the lowest of these
+    best: list[Tensor] = field(default_factory=list)  # the vectors with the lowest fixed loss
 
     @property
     def over(self) -> bool:
@@ -64,7 +64,7 @@ class State:
         return self.step >= self.steps or converged(self.fixed_losses)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all that the next step depends on besides the arguments of `train`."""
+        """Return everything that the next step depends on, besides the arguments of `train`."""
         tensors = {"step": torch.tensor(self.step)}
         for i, vectors in enumerate(self.parameters):
             tensors[f"{i}.vectors"] = vectors.detach()
@@ -75,12 +75,12 @@ class State:
         return {key: tensor.cpu().clone() for key, tensor in tensors.items()}
 
     def restore(self, saved: Mapping[str, Tensor]) -> None:
-        """Put back what `tensors` returned. Raises ValueError if it is of other vectors."""
+        """Put back what `tensors` returned. Raises ValueError if its vectors have other shapes."""
         self.step = int(saved["step"])
         for i, vectors in enumerate(self.parameters):
             kept = [saved.get(f"{i}.{name}") for name in ("vectors", *MOMENTS)]
             if any(tensor is None or tensor.shape != vectors.shape for tensor in kept):
-                raise ValueError("the state to resume from is of other vectors than are trained")
+                raise ValueError("the state to resume from has vectors of other shapes")
             value, *moments = (tensor.to(vectors, copy=True) for tensor in kept)
             vectors.data.copy_(value)
             step = torch.tensor(float(self.step))
@@ -114,7 +114,7 @@ class Run:
         self.out, self.settings = out, settings
         self.image_words = image_words  # also save the words of single pictures
         self.stem = shortened(out.stem, 200)  # leaves room for the endings
-        self.rows: list[dict] = []  # of the table
+        self.rows: list[dict] = []  # of the .csv
 
     def path(self, ending: str) -> Path:
         """Return `cat.csv` beside `cat.safetensors`, for the ending "csv"."""
@@ -122,7 +122,7 @@ class Run:
 
     def look(self, resume: bool, overwrite: bool) -> dict[str, Tensor] | None:
         """Return the state to continue from, or None at the beginning. Raises ValueError if another
-        run's files would be lost, or if a setting differs that this run began with."""
+        run's files would be lost, or if a setting is not what this run began with."""
         if resume and self.path("json").exists():
             self.check_settings()
             if self.path("state").exists():
@@ -149,7 +149,7 @@ class Run:
             path.unlink()
         text = json.dumps(self.settings, indent=1, ensure_ascii=False) + "\n"
         write_file(self.path("json"), text.encode(), overwrite=True)
-        if anew:  # a run without a state, but with a word, is not ours to overwrite
+        if anew:  # else `look` would take the word for another run's, as this one has no state
             self.write_state({"step": torch.tensor(0)})
 
     def check_settings(self) -> None:
@@ -175,8 +175,8 @@ class Run:
     def follow(self, states: Iterator, save_every: int, preview_every: int, preview: Callable):
         """Train, and keep word, table, state and previews up to date; return the last State.
 
-        states: of `textinv.train`. preview(state) draws a picture, every `preview_every` steps (0:
-        never). Ctrl-C ends the run after the current step, with everything saved.
+        states: what `textinv.train` returns. preview(state) draws a picture, every `preview_every`
+        steps (0: never). Ctrl-C ends the run after the current step, with everything saved.
         """
         state, steps = None, self.settings["steps"]
         progress = tqdm(states, total=steps, initial=len(self.rows), unit="step")
@@ -184,7 +184,7 @@ class Run:
             with progress, interruptible() as asked:
                 for state in progress:
                     self.rows.append(table_row(state))
-                    # A single step's loss depends on its timesteps more than on the word.
+                    # A mean, as one step's loss depends more on its timesteps than on the word.
                     loss = fmean(float(row["loss"]) for row in self.rows[-50:])
                     progress.set_postfix(loss=f"{loss:.4f}", peak=peak_memory(state.loss.device))
                     shown = preview_every and state.step % preview_every == 0 and not state.over
@@ -202,7 +202,7 @@ class Run:
         return state
 
     def save(self, state: State) -> None:
-        """Write word, table and state, the state last: all that it counts lies in the others."""
+        """Write word, table and state. The state is last: the others then have all its steps."""
         state.concept.save(self.out, overwrite=True)
         for i, word in enumerate(state.image_words if self.image_words else (), 1):
             word.save(self.path(f"image-{i}{self.out.suffix}"), overwrite=True)
@@ -227,8 +227,8 @@ def table_row(state: State) -> dict[str, str]:
 
 @contextmanager
 def interruptible() -> Iterator[list[int]]:
-    """Let Ctrl-C and SIGTERM only fill the yielded list, so that a loop can end between two steps.
-    A second one ends at once."""
+    """Make Ctrl-C and SIGTERM only fill the yielded list, so that a loop can end after its current
+    step. A second one stops at once."""
     asked: list[int] = []
 
     def ask(number, frame):
@@ -246,10 +246,10 @@ def interruptible() -> Iterator[list[int]]:
 
 
 def peak_memory(device: torch.device) -> str:
-    """Return the most memory used so far: on a GPU by tensors, else, on Linux, by this process."""
+    """Return the peak of memory so far: of tensors on a GPU, else of this process (Linux only)."""
     if device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
-    # Trap: getrusage's ru_maxrss counts the peak of the process that started this one as well.
+    # Trap: getrusage's ru_maxrss would include the peak of the process that started this one.
     status = Path("/proc/self/status")
     own = re.search(r"VmHWM:\s*(\d+) kB", status.read_text() if status.exists() else "")
     return f"{int(own[1]) / 2**20:.1f} GiB" if own else "?"

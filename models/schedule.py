@@ -29,7 +29,7 @@ class Schedule:
     beta_end: float = 0.012
     prediction: str = "eps"  # what the UNet returns: "eps", the noise [1], or "v" [3]
     length: int = 1000  # number of timesteps
-    zero_snr: bool = False  # the last timestep is noise alone [4], and sampling starts there
+    zero_snr: bool = False  # the last timestep is pure noise [4], and sampling starts there
     beta_schedule: str = "scaled_linear"
     trained_betas: Sequence[float] | None = None  # every beta, instead of a beta_schedule
     spacing: str | None = None  # of the sampler's timesteps: "leading", "trailing" or "linspace"
@@ -39,7 +39,7 @@ class Schedule:
         if self.prediction not in ("eps", "v"):
             raise ValueError(f"prediction type {self.prediction!r} is not known; use 'eps' or 'v'")
         if self.zero_snr and self.prediction == "eps":
-            raise ValueError("noise alone does not tell a picture from eps; use --prediction v")
+            raise ValueError("a last timestep of pure noise needs v-prediction; use --prediction v")
         self.spacing = self.spacing or ("trailing" if self.zero_snr else "leading")
         if self.spacing not in ("leading", "trailing", "linspace"):
             raise ValueError(f"timestep_spacing {self.spacing!r} is not supported; use leading")
@@ -64,7 +64,7 @@ class Schedule:
 
     def a(self, t: Tensor | int, like: Tensor) -> Tensor:
         """Return a_t for timesteps t (B,) or a number, shaped to multiply `like` (B, ...). It is 1
-        for t < 0, before any noise, and stays on the CPU, as MPS has no float64."""
+        for t < 0, before any noise. It stays on the CPU because MPS has no float64."""
         t = torch.as_tensor(t).cpu()
         a = torch.where(t < 0, 1.0, self.alphas_cumprod[t.clamp(min=0)])
         return a.reshape(-1, *[1] * (like.ndim - 1))
@@ -105,11 +105,11 @@ class Schedule:
         return x + variance.sqrt().to(x_t) * noise
 
     def ddim_timesteps(self, steps: int) -> list[int]:
-        """Return `steps` timesteps, falling: 981, 961, ..., 21, 1 for 50 steps.
+        """Return `steps` timesteps, from high to low: 981, 961, ..., 21, 1 for 50 steps.
 
         Traps: as in the paper's sampler, they end at 1, not at 0, and all strides are equal. But
-        for 600 of 1000, equal strides would start at 600, in half noise. Where they leave out more
-        than a twentieth at the top, strides differ by one.
+        for 600 of 1000 steps, strides of 1 would start at timestep 600, far from pure noise. If
+        equal strides leave out more than a twentieth at the top, strides differ by one instead.
         """
         if not 1 <= steps <= self.length:
             raise ValueError(f"steps {steps} is out of range; use 1 to {self.length}")
@@ -121,12 +121,12 @@ class Schedule:
         stride = self.length // steps
         if steps * stride < 0.95 * self.length:
             return [1 + i * self.length // steps for i in reversed(range(steps))]
-        # The offset, unless the first timestep would be out of range.
+        # The lowest is the offset, or less if the highest would be out of range.
         first = min(self.steps_offset, self.length - 1 - stride * (steps - 1))
         return [first + stride * i for i in reversed(range(steps))]
 
     def ddim_pairs(self, steps: int) -> list[tuple[int, int]]:
-        """Return (t, t_prev) of each step of DDIM. Trap: the last t_prev is 0, where a_0 < 1."""
+        """Return (t, t_prev) of each DDIM step. Trap: the last t_prev is 0, with a little noise."""
         times = self.ddim_timesteps(steps)
         return list(zip(times, times[1:] + [0]))
 
@@ -154,11 +154,11 @@ class Schedule:
     def dpm_sample(self, predict: Callable, x: Tensor, steps: int, eta=0.0, draw=None) -> Iterator:
         """Yield x (B, ...) after each step of DPM-Solver++(2M) [5, algorithm 2], from noise.
 
-        Each step is DDIM's (with eta, DPM-Solver++(2M) SDE's) with another x_0: extrapolated from
-        the last two predictions to the middle of the step in log sigma. Noise levels sigma =
-        sqrt((1 - a) / a) are even in sigma^(1/7) [6, eq. 5]. Trap: with zero_snr or cosine betas,
-        the first sigma is (nearly) infinite, and most levels would be noise alone. There the
-        timesteps are DDIM's, and a_t is at least 2^-24.
+        Each step is DDIM's (with eta, that of DPM-Solver++(2M) SDE), but its x_0 is extrapolated
+        from the last two predictions to the middle of the step in log sigma. Noise levels sigma =
+        sqrt((1 - a) / a) are evenly spaced in sigma^(1/7) [6, eq. 5]. Trap: with zero_snr or cosine
+        betas the first sigma is (nearly) infinite, and most levels would be pure noise. Then the
+        timesteps are DDIM's, and a_t is raised to at least 2^-24.
         """
         times = self.ddim_timesteps(steps)  # raises for steps out of range
         table = (1 / self.alphas_cumprod.clamp(min=2**-24) - 1).sqrt()
@@ -175,7 +175,7 @@ class Schedule:
             z = x / signal  # x_0 + sigma * eps
             x_0 = z - sigma * out if self.prediction == "eps" else signal * (x - sigma * out)
             middle = x_0
-            if x_0_before is not None and ratio:  # not in the last step, which ends at log 0
+            if x_0_before is not None and ratio:  # not in the last step, where log(ratio) is -inf
                 middle = x_0 + (x_0 - x_0_before) * (log(ratio) / (2 * log(ratio_before)))
             z = middle + ratio ** (1 + eta) * (z - middle)
             if eta:

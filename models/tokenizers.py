@@ -33,7 +33,7 @@ def any_of(words: Iterable[str]) -> str:
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raise ValueError for a placeholder that is no single word, and for two of the same name."""
+    """Raise ValueError for a placeholder that is empty or has spaces, and for two equal ones."""
     for name in names:
         if not name or re.search(r"\s", name):
             raise ValueError(f"placeholder {name!r} is empty or has a space in it; {RENAME}")
@@ -42,7 +42,7 @@ def check_names(names: Sequence[str]) -> None:
 
 
 class Tokenizer:
-    """The base of both. Subclasses define `split`, text to words, and `split_word`, word to ids."""
+    """Base of both tokenizers. They define `split`, text to words; `split_word`, word to ids."""
 
     special: tuple[str, ...]  # tokens that a text may name, such as "[SEP]"
     ids: dict[str, int]  # every token of the vocabulary
@@ -72,7 +72,7 @@ class Tokenizer:
         return ids + [self.pad_id] * (self.max_length - len(ids))
 
     def chunks(self, tokens: Tokens, placeholders: Placeholders) -> list[Tokens]:
-        """Return a prompt as chunks of up to `max_length` - 2 tokens. CLIP encodes each by itself.
+        """Return a prompt in chunks of up to `max_length` - 2 tokens; CLIP encodes each separately.
 
         As in A1111's web UI, a full chunk is cut after a comma among its last 20 tokens, if there
         is one. The vectors of a learnt word stay in one chunk."""
@@ -101,8 +101,8 @@ CJK = re.compile(
 
 
 class WordPieceTokenizer(Tokenizer):
-    """The tokenizer of bert-base-uncased (Devlin et al. 2019), as the `tokenizers` library runs it.
-    vocab: the tokens in the order of their ids."""
+    """The tokenizer of bert-base-uncased (Devlin et al. 2019), equal to that of the `tokenizers`
+    library. vocab: the tokens in the order of their ids."""
 
     special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -136,7 +136,7 @@ class WordPieceTokenizer(Tokenizer):
             prefix = "##" if start else ""
             ends = range(len(word), start, -1)
             end = next((e for e in ends if prefix + word[start:e] in self.ids), None)
-            if end is None or len(word) > 100:  # as published
+            if end is None or len(word) > 100:  # BERT's own limit
                 return [self.unknown_id]
             pieces.append(self.ids[prefix + word[start:end]])
             start = end
@@ -149,13 +149,12 @@ class WordPieceTokenizer(Tokenizer):
 PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), 256)]
 BYTES = {b: chr(b) for b in PRINTABLE}
 BYTES |= {b: chr(256 + i) for i, b in enumerate(sorted(set(range(256)) - set(PRINTABLE)))}
-# Python's \w has "_" among the letters and its \s has four control characters among the spaces;
-# CLIP does not.
+# Unlike CLIP, Python counts "_" as a letter (in \w), and four control characters as spaces (in \s).
 CLIP_WORDS = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W_]+|(?:[^\w\s]|[_\x1c-\x1f])+")
 
 
 class CLIPTokenizer(Tokenizer):
-    """CLIP's byte-pair encoding (Radford et al. 2021), as `transformers` 5 runs it.
+    """CLIP's byte-pair encoding (Radford et al. 2021), equal to that of `transformers` 5.
 
     merges: pairs of symbols that become one, the most frequent first. Ids follow from their order:
     256 bytes, 256 bytes that end a word, one symbol per merge, start, end. pad_id: by default the
@@ -196,8 +195,8 @@ class CLIPTokenizer(Tokenizer):
         return CLIP_WORDS.findall("".join(spaced))
 
     def split_word(self, word: str) -> list[int]:
-        """Return the ids of a word: its bytes, of which the pair that ranks first is joined until
-        no pair is left."""
+        """Return the ids of a word. Starting from its bytes, the neighbours with the lowest rank in
+        `merges` are joined, until none is left."""
         parts = [BYTES[b] for b in word.encode("utf-8")]
         parts[-1] += "</w>"
         while pairs := [pair for pair in pairwise(parts) if pair in self.ranks]:
@@ -221,7 +220,7 @@ class CLIPTokenizer(Tokenizer):
 # ComfyUI's "embedding:cat", or "embedding:cat.pt", is the word cat or <cat>.
 FACTORS = {")": 1.1, "]": 1 / 1.1}  # of brackets without a number
 PROMPT_PARTS = (
-    r"|(?P<network><(?:lora|lyco|hypernet):[^<>]*>)"  # A1111's call of another network
+    r"|(?P<network><(?:lora|lyco|hypernet):[^<>]*>)"  # how A1111 loads another network
     r"|(?P<name>\bembedding:[^\s,:()\[\]]+|<[^<>\s]+>)"
     r"|(?P<escaped>\\[()\[\]\\]?)"  # a bracket or backslash; any other backslash is dropped
     r"|(?P<open>[(\[])|(?P<end>(?::\s*[^\s\\()\[\]:|]+\s*)?[)\]])"  # ":1.2)", or just ")"
@@ -230,10 +229,10 @@ PROMPT_PARTS = (
 
 
 def split_weights(prompt: str, words: Collection[str] = ()) -> list[tuple[str, float]]:
-    """Return the pieces of a prompt with their weights. `words`, the learnt ones, are read before
-    all else. Warns of what is not supported. Raises ValueError for a weight that is not a number.
+    """Return the pieces of a prompt with their weights. Learnt `words` are found before anything
+    else. Warns of what is not supported. Raises ValueError for a weight that is not a number.
 
-    An open bracket that is never closed reaches to the end; one that only closes is plain text.
+    A bracket that is never closed reaches to the end; one that was never opened is plain text.
     """
     pieces: list[tuple[str, float]] = []
     opened: dict[str, list[int]] = {end: [] for end in FACTORS}  # where in `pieces` they begin
@@ -261,11 +260,11 @@ def split_weights(prompt: str, words: Collection[str] = ()) -> list[tuple[str, f
 
 
 def bracket_end(inside: str, end: str, words: Collection[str]) -> tuple[str, float]:
-    """Return the text and the factor of a bracket's end, after the text `inside`: "", 1.2 for
-    ":1.2)", but ":D", 1.1 for ":D)".
+    """Return the text and the factor that a bracket's end means after the text `inside`: ("", 1.2)
+    for ":1.2)", but (":D", 1.1) for ":D)".
 
     Raises ValueError for what is meant as a weight but is not a number: digits with a comma or
-    several points, unless they follow another number, or what follows a learnt word and a colon."""
+    several points (unless digits come before the colon), or a word after a learnt word's colon."""
     given = end[1:-1].strip()
     number = re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", given)
     digits = re.fullmatch(r"[+-]*[\d.,]*\d[\d.,]*", given) and not re.search(r"\b[\d.,]+$", inside)
@@ -276,7 +275,7 @@ def bracket_end(inside: str, end: str, words: Collection[str]) -> tuple[str, flo
     elif number:
         return "", float(given)
     elif digits or follows:
-        raise ValueError(f"({inside[-60:]}{end}: {given!r} is no weight; write (word:1.2)")
+        raise ValueError(f"({inside[-60:]}{end}: {given!r} is not a weight; write (word:1.2)")
     return end[:-1], FACTORS[end[-1]]
 
 
@@ -293,7 +292,7 @@ def plain_text(part: str, kind: str, words: Collection[str]) -> str:
         if word := names.get(name) or names.get(re.sub(r"\.\w*$", "", name)):
             return word
         known = ", ".join(words) or "none"
-        warnings.warn(f"{part} is no learnt word (known: {known}); it is read as plain text")
+        warnings.warn(f"{part} is not a learnt word (known: {known}); it is read as plain text")
     return part
 
 

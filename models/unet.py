@@ -25,11 +25,11 @@ class UNetConfig:
     middle_depth: int = 1  # the same for the middle block
     context_dim: int = 768
     channels: int = 4  # of the latents
-    heads: int | None = 8  # attention heads in LDM and SD 1; None: `head_width` tells
+    heads: int | None = 8  # attention heads in LDM and SD 1; None: width / head_width
     head_width: int | None = None  # channels per attention head, 64 in SD 2 and SDXL
     norm_groups: int = 32  # fewer in the narrow bundled model
     linear_projection: bool = False  # linear proj_in and proj_out, not 1x1 convolutions: SD 2, SDXL
-    vector_dim: int = 0  # width of SDXL's pooled text and embedded sizes, 2816; 0: it has none
+    vector_dim: int = 0  # width of SDXL's pooled text and embedded sizes, 2816; 0 in other models
     factor: int = 8  # pixels per latent along each side, for SDXL's sizes
 
     def heads_for(self, width: int) -> int:
@@ -37,13 +37,13 @@ class UNetConfig:
 
 
 class ResBlock(nn.Module):
-    """Residual block, (b, c_in, h, w) to (b, c_out, h, w). emb: timesteps, (b, 4 * widths[0])."""
+    """Residual block, (b, c_in, h, w) to (b, c_out, h, w). emb: embedded t, (b, 4 * widths[0])."""
 
     def __init__(self, c_in: int, c_out: int, config: UNetConfig):
         super().__init__()
         # Trap: eps is 1e-5 here, 1e-6 in the spatial transformers.
         norm = partial(nn.GroupNorm, config.norm_groups, eps=1e-5)
-        dropout = nn.Dropout(0.0)  # holds its place in the key names
+        dropout = nn.Dropout(0.0)  # does nothing, but is counted in the key names
         self.in_layers = nn.Sequential(norm(c_in), nn.SiLU(), conv3x3(c_in, c_out))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(4 * config.widths[0], c_out))
         self.out_layers = nn.Sequential(norm(c_out), nn.SiLU(), dropout, conv3x3(c_out, c_out))
@@ -162,7 +162,7 @@ class UNet(nn.Module):
         if config.vector_dim:
             self.label_emb = nn.Sequential(embed(config.vector_dim))
         self.input_blocks = nn.ModuleList([Block(conv3x3(config.channels, widths[0]))])
-        skips = [widths[0]]  # channels of the input blocks, which the output blocks read too
+        skips = [widths[0]]  # channels of the input blocks' outputs, which output blocks read too
         for level, width in enumerate(widths):
             for _ in range(config.num_res_blocks):
                 self.input_blocks.append(block(skips[-1], level))
@@ -188,7 +188,7 @@ class UNet(nn.Module):
 
     def embed_vector(self, x_t: Tensor, given: Conditioning) -> Tensor:
         """Return the embedding (B, 4 * widths[0]) of pooled text and sizes, which SDXL adds to the
-        timestep's. Each of the six sizes is embedded by itself, as timesteps are."""
+        timestep's. Each of the six sizes is embedded separately, like a timestep."""
         b, p = given.pooled.shape
         h, w = (side * self.config.factor for side in x_t.shape[2:])
         own = torch.tensor([h, w, 0, 0, h, w]).expand(b, 6)
@@ -202,7 +202,7 @@ class UNet(nn.Module):
         """Return the prediction (B, C, h, w), eps or v, in the weights' precision.
 
         x_t (B, C, h, w): noised latents, h and w multiples of 2 ** (levels - 1). t (B,): integer
-        timesteps. context (B, L, D): text features, for SDXL a `Conditioning`. Any precision.
+        timesteps. context (B, L, D): text, for SDXL a `Conditioning`. Inputs of any precision.
         """
         dtype = self.out[2].weight.dtype
         emb = self.time_embed(timestep_embedding(t, self.config.widths[0]).to(dtype))

@@ -444,7 +444,7 @@ def test_schedules_that_are_not_supported(tmp_path):
     for told, changed in {
         "'sigmoid'": dict(beta_schedule="sigmoid"),
         "'middle'": dict(timestep_spacing="middle"),
-        "noise alone": dict(rescale_betas_zero_snr=True, prediction_type="epsilon"),
+        "needs v-prediction": dict(rescale_betas_zero_snr=True, prediction_type="epsilon"),
         "'sample'": dict(prediction_type="sample"),
         "FlowMatch": dict(_class_name="FlowMatchEulerDiscreteScheduler"),
     }.items():

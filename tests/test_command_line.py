@@ -251,7 +251,7 @@ def test_several_words_clash_until_one_is_renamed(word, tmp_path, capsys):
     draw += ["--steps", "1", "--out", str(tmp_path / "g.png")]
     assert "two words are called <m>" in mistake(capsys, *draw)
     assert textinv.main([*draw, "--rename", "other.safetensors=<n>"]) == 0
-    assert "no learnt word" not in capsys.readouterr().err
+    assert "not a learnt word" not in capsys.readouterr().err
     save_file({"<wide>": torch.zeros(1, 768)}, tmp_path / "wide.safetensors")
     said = mistake(capsys, *draw[:2], "--concept", tmp_path / "wide.safetensors", "--out", "x.png")
     assert "768 wide" in said and "192 wide" in said
@@ -330,7 +330,7 @@ def test_the_peak_of_memory_is_not_that_of_the_process_before():
 def test_a_faulty_weight_is_said_before_anything_is_drawn(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(textinv, "load_for", None)
     draw = ["sample", "a cat", "a (dog:1.2.3)", "--singles", tmp_path / "all"]
-    assert "is no weight" in mistake(capsys, *draw, "--out", tmp_path / "a.png")
+    assert "is not a weight" in mistake(capsys, *draw, "--out", tmp_path / "a.png")
     assert not [*tmp_path.iterdir()]
 
 
@@ -451,12 +451,12 @@ def test_words_of_the_negative_prompt_count(word, tmp_path, capsys):
     draw += ["--out", str(tmp_path / "g.png"), "--overwrite"]
     assert textinv.main([*draw, "--negative", "(<m>:1.2), <n>"]) == 0
     said = capsys.readouterr().err
-    assert "no prompt uses it" not in said and said.count("<n> is no learnt word") == 1
+    assert "no prompt uses it" not in said and said.count("<n> is not a learnt word") == 1
     assert textinv.main([*draw, "--negative", "ugly"]) == 0
     assert "<m> was loaded, but no prompt uses it" in capsys.readouterr().err
     assert textinv.main([*draw, "--negative", "embedding:m"]) == 0
     assert "note" not in capsys.readouterr().err
-    assert "'1,2' is no weight" in mistake(capsys, *draw, "--negative", "(<m>:1,2)")
+    assert "'1,2' is not a weight" in mistake(capsys, *draw, "--negative", "(<m>:1,2)")
 
 
 def test_clip_skip_is_remembered(tmp_path, capsys, monkeypatch):
@@ -502,9 +502,9 @@ def test_show_prompts_in_chunks_with_their_weights(capsys, monkeypatch):
     assert said.out.count(start) == 3 and said.out.count(" a</w>\n") == 160 and not said.err
     assert textinv.main([*show, "[a:b:0.5] <lora:x:1> (embedding:y:1.2)"]) == 0
     said = capsys.readouterr().err
-    assert said.count("note: ") == 3 and "embedding:y is no learnt word" in said
+    assert said.count("note: ") == 3 and "embedding:y is not a learnt word" in said
     monkeypatch.setattr(textinv, "load_for", None)
-    assert "'1,2' is no weight" in mistake(capsys, *show, "(<cat>:1,2)")
+    assert "'1,2' is not a weight" in mistake(capsys, *show, "(<cat>:1,2)")
 
 
 @pytest.mark.parametrize("way", ["ascii", "cp1252", "| head -1", "2>&1 | head -1", ">&-", "2>&-"])

@@ -605,7 +605,7 @@ def test_unicode_forms_on_the_command_line(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert textinv.main([*draw, "--device", "cpu"]) == 0
     said = capsys.readouterr().err
-    assert "no learnt word" not in said and "no prompt uses" not in said
+    assert "not a learnt word" not in said and "no prompt uses" not in said
     chosen = ["--word", named[1], "--placeholder", "<\u00e9>"]
     assert textinv.main(["convert", path, "x.safetensors", *chosen]) == 0
     assert read_one("x.safetensors").placeholder == "<é>" and not capsys.readouterr().err

@@ -195,7 +195,7 @@ def test_nan_stops_at_once_and_names_the_part(part):
 def test_a_state_of_other_vectors_is_refused_and_so_is_a_run_that_is_done(model):
     options = dict(steps=1, batch_size=1)
     saved = next(textinv.train(model, MUSHROOM, "plant", vectors=2, **options)).tensors()
-    with pytest.raises(ValueError, match="other vectors"):
+    with pytest.raises(ValueError, match="vectors of other shapes"):
         textinv.train(model, MUSHROOM, "plant", **options, resume=saved)
     with pytest.raises(ValueError, match="the run is over after 1 steps"):
         textinv.train(model, MUSHROOM, "plant", vectors=2, **options, resume=saved)

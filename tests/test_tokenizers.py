@@ -236,7 +236,7 @@ def test_escaped_text_is_plain():
 
 
 def test_a_weight_that_is_no_number_is_said():
-    with pytest.raises(ValueError, match="'1.2.3' is no weight"):
+    with pytest.raises(ValueError, match="'1.2.3' is not a weight"):
         split_weights("a (cat:1.2.3)")
 
 
@@ -258,7 +258,7 @@ WORDS = ("<cat>", "[V]", "<dog:1>", "<lora:x:1>", "my-cat", "[a:b:0.5]", "BREAK"
 )
 @pytest.mark.filterwarnings("ignore")
 def test_what_is_meant_as_a_weight_and_is_none_is_an_error(prompt, weight):
-    with pytest.raises(ValueError, match=f"'{weight}' is no weight; write"):
+    with pytest.raises(ValueError, match=f"'{weight}' is not a weight; write"):
         split_weights(prompt, WORDS)
 
 
@@ -313,8 +313,8 @@ def test_comfyuis_name_of_a_word(name):
         ("[a:b:0.5]", "[a:b:0.5] is not supported; it is read as plain", "a:b:0.5"),
         ("x [<cat>: 10 ]", "[<cat>: 10 ] is not supported", "x <cat>: 10 "),
         ("[a|<cat>]", "[a|<cat>] is not supported", "a|<cat>"),
-        ("embedding:dog, b", "embedding:dog is no learnt word (known: <cat>)", "embedding:dog, b"),
-        ("a <dog>", "<dog> is no learnt word (known: <cat>); it is read as plain text", "a <dog>"),
+        ("embedding:dog, b", "embedding:dog is not a learnt word (known: <ca", "embedding:dog, b"),
+        ("a <dog>", "<dog> is not a learnt word (known: <cat>); it is read as plain", "a <dog>"),
     ],
 )
 def test_what_is_not_supported_is_noted(prompt, note, text):

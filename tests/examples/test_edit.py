@@ -186,7 +186,7 @@ def test_the_command_repaints_inside_the_mask(dog, tmp_path, capsys):
     Image.new("RGB", (80, 80)).save(tmp_path / "large.png")
     assert "mask has 64x64" in mistake(capsys, tmp_path / "large.png", *arguments[1:])
     assert "nowhere.png" in mistake(capsys, "nowhere.png", *arguments[1:])
-    assert "is no weight" in mistake(capsys, picture, "a (cat:1.2.3)", *arguments[2:])
+    assert "is not a weight" in mistake(capsys, picture, "a (cat:1.2.3)", *arguments[2:])
     assert "see edit.py --help" in mistake(capsys, picture)
 
 

@@ -420,7 +420,7 @@ def test_a_faulty_weight_is_said_before_the_model_is_loaded(tmp_path, capsys, mo
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("style: a sketch of {}\nstyle: a (photo:1.2.3) of {}\n")
     command = ["--references", "--images", MUSHROOM, "--prompts", prompts]
-    assert "is no weight" in mistake(capsys, *command, "--out", tmp_path / "a.csv")
+    assert "is not a weight" in mistake(capsys, *command, "--out", tmp_path / "a.csv")
     assert [*tmp_path.iterdir()] == [prompts]
 
 
