@@ -494,8 +494,8 @@ def run_invert(args: argparse.Namespace) -> int:
     paths = find_images(args.images)
     templates = read_templates(args.templates, paths, placeholder)
     options = training_options(args, None, templates) | dict(placeholder=placeholder)
-    told = options.keys() - {"steps", "batch_size", "lr", "progressive"}  # these need the model
-    run = Run(out, {name: options[name] for name in told}, args.save_image_words)
+    early = options.keys() - {"steps", "batch_size", "lr", "progressive"}  # set once it is loaded
+    run = Run(out, {name: options[name] for name in early}, args.save_image_words)
     run.look(args.resume, args.overwrite)  # raises where files of another run would be lost
     warn_of_photographs(paths, args.model is None)  # raises for damaged ones
     model = load_for(args)
@@ -585,7 +585,7 @@ def training_options(args: argparse.Namespace, model: LatentDiffusion | None, te
 
 
 def read_templates(choice: str, pictures: Sequence[Path], placeholder: str = "{}") -> list:
-    """Return the prompts that --templates stands for, or a list of them for each picture."""
+    """Return the templates that --templates names, or a list of them for each picture."""
     return list(TEMPLATES.get(choice) or written_templates(choice, pictures, placeholder))
 
 

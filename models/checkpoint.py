@@ -420,7 +420,7 @@ CLIP_EXPECTED = "expected a CLIP with both towers, OpenAI's or in the layout of 
 def load_clip(path: str | Path | None = None) -> CLIP:
     """Return CLIP with both towers (the paper takes OpenAI's ViT-B/32), float32, on the CPU.
 
-    path: OpenAI's .pt, a TorchScript archive of which only the tensors are read; its state_dict; a
+    path: OpenAI's .pt (a TorchScript archive; only its tensors are read); its state_dict; a
     file or folder in the layout of `transformers`; "vit-b-32", which is downloaded once; None for
     the bundled one. If heads do not have 64 channels, or the GELU is not OpenAI's QuickGELU (as in
     LAION's), `transformers`' config.json must say so. Raises `CheckpointError`, a ValueError.

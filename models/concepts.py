@@ -53,7 +53,7 @@ REFUSED = {  # pattern of a key in the file: what that file is
     LORA: "a LoRA, not a learnt word; it changes the model's weights, which only other programs do",
     r"^(encoder|decoder)\.(conv_in|down|up|mid)": "an autoencoder (VAE), not a learnt word",
     r"\.(weight|bias)$": "a model's weights, not a learnt word; a checkpoint goes to --model",
-    "^emp_params_out$": "only OneTrainer's output embedding, no word; train without that option",
+    "^emp_params_out$": "only OneTrainer's output embedding, not a word; train without that option",
     "^(320|640|768|1024|1280)$": "a hypernetwork, not a learnt word; A1111's web UI reads it",
 }
 # Control characters, line separators, marks that reverse text, lone surrogates. Unlike
@@ -213,7 +213,7 @@ def words_of(content: dict, name: str) -> dict[str, Tensor]:
 
 def checked(name: str, tensor: Tensor) -> Tensor:
     """Return a float32 copy (V, D) of a stored tensor (V, D) or (D,). Raises `CheckpointError` for
-    tensors that are not a word; their shape and type tell, before the data are read."""
+    tensors that are not a word. Shape and type are checked before the data are read."""
     rows = tensor[None] if tensor.ndim == 1 else tensor
     fits = rows.ndim == 2 and 0 < len(rows) <= MAX_VECTORS and 0 < rows.shape[1] <= MAX_WIDTH
     if not (fits and rows.is_floating_point()):

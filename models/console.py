@@ -30,7 +30,7 @@ def picture_size(text: str) -> tuple[int, int]:
 
 def exit_status(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> int:
     """Run what the arguments ask for; return 0, or 2 with one line on standard error for a user's
-    mistake, or 130 after Ctrl-C. Warnings become notes, each said once."""
+    mistake, or 130 after Ctrl-C. Warnings become notes, each printed once."""
     with redirect_stdout(Output(sys.stdout)), redirect_stderr(Output(sys.stderr)):
         say = cache(lambda text: print(f"note: {text}", file=sys.stderr))
         warnings.showwarning = lambda message, *_: say(str(message))

@@ -22,7 +22,7 @@ from .schedule import Schedule
 from .tokenizers import BREAK, RENAME, Tokenizer, Tokens, check_names, split_weights
 from .unet import UNet
 
-# Width of a word's vectors: a model that such words are for.
+# By the width of a word's vectors: a model whose words have that width.
 WIDTHS = {768: "sd15", 1024: "sd21", 1280: "ldm", 2048: "sdxl"}
 Context = Tensor | Conditioning  # (B, L, D); for SDXL a Conditioning, with pooled text (B, P)
 

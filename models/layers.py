@@ -35,7 +35,7 @@ class FeedForward(nn.Sequential):
 
     def __init__(self, first: nn.Module, width: int):
         super().__init__()
-        dropout = nn.Dropout(0.0)  # holds its place in the key names
+        dropout = nn.Dropout(0.0)  # does nothing, but is counted in the key names
         self.net = nn.Sequential(first, dropout, nn.Linear(4 * width, width))
 
 

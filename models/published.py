@@ -22,9 +22,9 @@ PUBLISHED = list(csv.DictReader(Path(__file__).with_suffix(".csv").read_text().s
 
 
 def find(given: str | Path, what: str = "") -> Path:
-    """Return the local path of what is given: a path, which comes first; the name of a published
-    "model" or "clip", or an address, which are downloaded; "x/y" or a folder models--x--y, which
-    are repositories in Hugging Face's cache. Raises CheckpointError, one line."""
+    """Return the local path of `given`. If no such path exists, it may be the name of a published
+    "model" or "clip" or an address, which are downloaded, or a repository in Hugging Face's cache
+    ("x/y" or its folder models--x--y). Raises CheckpointError, one line."""
     text, hint = str(given), ""
     names = {row["name"]: row for row in PUBLISHED if row["what"] == what}
     if os.path.exists(given):
@@ -43,7 +43,7 @@ def find(given: str | Path, what: str = "") -> Path:
 
 
 def download(address: str, licence: str = "", sha256: str = "") -> Path:
-    """Return the file of an address, from the cache or downloaded into it."""
+    """Return the local copy of an address's file; download it if the cache does not have it."""
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     if not licence:  # files of users' own addresses may have the same names
         folder /= hashlib.sha256(address.encode()).hexdigest()[:16]
@@ -87,7 +87,7 @@ def snapshot(path: Path) -> Path:
 
 
 def checkpoint_in(folder: Path) -> Path:
-    """Return the checkpoint in a folder that is no diffusers model: model.safetensors, else the
+    """Return the checkpoint in a folder that is not a diffusers model: model.safetensors, else the
     only one. Return the folder if it has none."""
     files = {p.stem: p for end in ("ckpt", "safetensors") for p in folder.glob(f"*.{end}")}
     if not files or any(folder.glob("unet/diffusion_pytorch_model*")):

@@ -157,7 +157,7 @@ class Run:
         with checking(path, f"expected a run's settings; {ANEW}"):
             began = dict(json.loads(path.read_text("utf-8")))
         for key, now in json.loads(json.dumps(self.settings)).items():
-            # The fingerprint tells what the model is, whatever the name of its file.
+            # The model's file may have a new name; the fingerprint identifies the model.
             if began.get(key) != now and key not in ("steps", "model"):
                 raise ValueError(
                     f"{path}: the run began with {key} {began.get(key)!r}, now it is {now!r}; "
