@@ -183,7 +183,7 @@ def train(
     weigh the loss by alpha or NAME.mask.png (white counts); each picture's weights have mean 1, so
     a small thing counts as much as a large one. weight_decay: pulls v* towards 0; the paper's code
     has 0.01. stop: "auto" stops once training has converged, with the best vectors; every tenth
-    step also runs eight more pictures. gradient_checkpointing: saves memory, costs time.
+    step also runs at least eight more pictures. gradient_checkpointing: saves memory, costs time.
 
     The setups of section 5.2. regularize: weight of the squared distance of each vector from where
     it started (the paper's code multiplies every difference with every other). progressive, with
@@ -494,7 +494,7 @@ def run_invert(args: argparse.Namespace) -> int:
     paths = find_images(args.images)
     templates = read_templates(args.templates, paths, placeholder)
     options = training_options(args, None, templates) | dict(placeholder=placeholder)
-    early = options.keys() - {"steps", "batch_size", "lr", "progressive"}  # set once it is loaded
+    early = options.keys() - {"steps", "batch_size", "lr", "progressive"}  # these need the model
     run = Run(out, {name: options[name] for name in early}, args.save_image_words)
     run.look(args.resume, args.overwrite)  # raises where files of another run would be lost
     warn_of_photographs(paths, args.model is None)  # raises for damaged ones

@@ -55,7 +55,7 @@ def checking(path: Path, expected: str = EXPECTED):
     try:
         yield
     except CheckpointError as e:
-        name = str(CheckpointError(str(path)))  # is it named already, or a file in its folder?
+        name = str(CheckpointError(str(path)))  # does the message name it, or a file in it?
         if str(e).startswith((f"{name}: ", f"{name}{os.sep}")):
             raise
         raise CheckpointError(f"{path}: {e}") from e

@@ -174,7 +174,7 @@ class LatentDiffusion:
         return context, uncond
 
     def token_text(self, i: int, concepts: Sequence[Concept] = ()) -> str:
-        """Return an id's text: the vocabulary's entry, or "<cat>, vector 1 of 2" in a new word."""
+        """Return an id's text: the vocabulary's entry, or "<cat>, vector 1 of 2" if it is new."""
         for name, ids in self.placeholders(concepts).items():
             if i in ids:
                 return f"{name}, vector {i - ids[0] + 1} of {len(ids)}"

@@ -195,8 +195,8 @@ class CLIPTokenizer(Tokenizer):
         return CLIP_WORDS.findall("".join(spaced))
 
     def split_word(self, word: str) -> list[int]:
-        """Return the ids of a word. Starting from its bytes, the neighbours with the lowest rank in
-        `merges` are joined, until none is left."""
+        """Return the ids of a word. Starting from its bytes, the neighbours that come first in
+        `merges` are joined, again and again, until no neighbours are in it."""
         parts = [BYTES[b] for b in word.encode("utf-8")]
         parts[-1] += "</w>"
         while pairs := [pair for pair in pairwise(parts) if pair in self.ranks]:
