@@ -35,9 +35,8 @@ from tqdm import tqdm
 
 import models
 
-if not (there := Path(models.__file__ or models.__path__[0]).resolve()).is_relative_to(
-    Path(__file__).resolve().with_name("models")
-):
+there = Path(models.__file__ or models.__path__[0]).resolve()
+if Path(__file__).resolve().with_name("models") not in (there, *there.parents):
     raise ImportError(f"{there} hides textinv's own folder models; rename it, or start elsewhere")
 
 from models.checkpoint import FAMILIES, load_model
@@ -269,10 +268,8 @@ def training(
         check_finite(step, gradients, parts)
         state.optimizer.step()
         if (norm := word.vectors.detach().norm(dim=1).max().item()) > far:
-            warnings.warn(
-                f"step {step}: the word's norm is {norm:,.0f}, far from all words of the model; it "
-                "is useless in prompts, so start over with a lower lr"
-            )
+            said = f"step {step}: the word's norm is {norm:,.0f}, far from all words of the model"
+            warnings.warn(f"{said}; it is useless in prompts, so start over with a lower lr")
             far = math.inf  # warn only once
         word.metadata["steps"] = str(step)
         state = replace(state, step=step, loss=loss, concept=words[0], fixed_loss=None)
@@ -301,10 +298,8 @@ def check_finite(step: int, gradients: Sequence[Tensor], parts: Mapping[str, Ten
     if not all(gradient.isfinite().all() for gradient in gradients):
         broken = (name for name, tensor in parts.items() if not tensor.isfinite().all())
         part = next(broken, "gradient").replace("_", " ")
-        raise NotFinite(
-            f"step {step}: the {part} gave NaN or infinity; the word is as before that step. Start "
-            "over (--overwrite) with --precision bf16 or fp32, or a lower --lr"
-        )
+        said = f"step {step}: the {part} gave NaN or infinity; the word is as before that step"
+        raise NotFinite(f"{said}; start over with --precision bf16 or fp32, or a lower --lr")
 
 
 def check_range(least: float, **numbers: float) -> None:
@@ -366,10 +361,8 @@ def check_prompts(model: LatentDiffusion, templates: list[str], words: list[Conc
         ids = model.tokenizer.token_ids(prompt, placeholders)
         model.warn_if_cut(prompt, len(ids))
         if not set(placeholders[word]) <= set(model.tokenizer.frame(ids)):
-            raise ValueError(
-                f"{word} is not read in {prompt!r}: it touches other letters, or its vectors do "
-                "not all fit; use a name like <cat>, fewer vectors or a shorter template"
-            )
+            said = f"{word} is not read in {prompt!r}: it touches letters, or its vectors do not fit"
+            raise ValueError(f"{said}; use a name like <cat>, fewer vectors, a shorter template")
 
 
 def training_set(model: LatentDiffusion, pixels: Tensor, flip: bool) -> tuple:
@@ -613,8 +606,8 @@ def run_sample(args: argparse.Namespace) -> None:
     concepts, model = words_for(args, [*prompts, args.negative]), load_for(args)
     model.check_concepts(concepts)
     settings = dict(sampler=args.sampler, steps=steps, eta=args.eta, seed=args.seed)
-    settings |= dict(size=args.size or (model.size, model.size), negative=args.negative)
-    settings |= dict(guidance_scale=guidance_of(model, args.guidance))
+    settings |= dict(guidance_scale=guidance_of(model, args.guidance), negative=args.negative)
+    settings |= dict(size=args.size or (model.size, model.size))
     info = settings | dict(title=title, model=model.name, model_hash=model.short_hash)
     info |= dict(clip_skip=model.clip_skip)
     print(f"drawing {len(prompts)} prompt(s) x {args.n}, {steps} steps of {title}, to {out}")

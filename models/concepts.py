@@ -217,10 +217,8 @@ def checked(name: str, tensor: Tensor) -> Tensor:
     rows = tensor[None] if tensor.ndim == 1 else tensor
     fits = rows.ndim == 2 and 0 < len(rows) <= MAX_VECTORS and 0 < rows.shape[1] <= MAX_WIDTH
     if not (fits and rows.is_floating_point()):
-        raise CheckpointError(
-            f"{name[:80]!r} holds {tensor.dtype} of shape {tuple(tensor.shape)[:8]}; a word's are "
-            f"floats (V, D) with V from 1 to {MAX_VECTORS:,} and D to {MAX_WIDTH:,}"
-        )
+        found = f"{name[:80]!r} holds {tensor.dtype} of shape {tuple(tensor.shape)[:8]}"
+        raise CheckpointError(f"{found}; a word is floats (V, D), V from 1 to {MAX_VECTORS:,}")
     # Trap: a view would keep its file mapped, and torch.save would write the whole tensor under it.
     vectors = rows.float().clone(memory_format=torch.contiguous_format)
     if not vectors.isfinite().all():

@@ -202,10 +202,8 @@ class LatentDiffusion:
         for concept in concepts:
             if (theirs := concept.vectors.shape[1]) != width:
                 base = concept.metadata.get("base_model") or WIDTHS.get(theirs, "unknown")
-                raise ValueError(
-                    f"{concept.placeholder} is {theirs} wide, this model's words are {width} wide; "
-                    f"give the model that it was learnt with: --model ({base})"
-                )
+                wide = f"{concept.placeholder} is {theirs} wide, this model's words are {width}"
+                raise ValueError(f"{wide}; give the model that it was learnt with: --model ({base})")
             self.warn_of_another_model(concept)
 
     def warn_of_another_model(self, concept: Concept) -> None:

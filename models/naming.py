@@ -40,27 +40,19 @@ UNET_NAMES |= {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "
 UNET_NAMES |= {"downsamplers.0.conv": "downsamplers.0.op"}
 RESNET_NAMES = dict(norm1="in_layers.0", conv1="in_layers.2", time_emb_proj="emb_layers.1")
 RESNET_NAMES |= dict(norm2="out_layers.0", conv2="out_layers.3", conv_shortcut="skip_connection")
-AUTOENCODER_NAMES = {
-    "mid_block.resnets.0": "mid.block_1",
-    "mid_block.resnets.1": "mid.block_2",
-    "mid_block.attentions.0": "mid.attn_1",
-    "downsamplers.0": "downsample",
-    "upsamplers.0": "upsample",
-    "to_out.0": "proj_out",
-}
+AUTOENCODER_NAMES = {"mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2"}
+AUTOENCODER_NAMES |= {"mid_block.attentions.0": "mid.attn_1", "to_out.0": "proj_out"}
+AUTOENCODER_NAMES |= {"downsamplers.0": "downsample", "upsamplers.0": "upsample"}
 AUTOENCODER_NAMES |= dict(down_blocks="down", resnets="block", conv_shortcut="nin_shortcut")
 AUTOENCODER_NAMES |= dict(conv_norm_out="norm_out", group_norm="norm", to_q="q", to_k="k", to_v="v")
 # The names of diffusers before 0.15, which published Stable Diffusion folders have.
 AUTOENCODER_NAMES |= dict(query="q", key="k", value="v", proj_attn="proj_out")
 # open_clip's and OpenAI's names to those of `transformers`
-CLIP_NAMES = {
-    "visual.proj": "visual_projection.weight",
-    "text_projection": "text_projection.weight",
-    "positional_embedding": "embeddings.position_embedding.weight",
-    "token_embedding": "embeddings.token_embedding",
-    "class_embedding": "embeddings.class_embedding",
-    "conv1": "embeddings.patch_embedding",
-}
+CLIP_NAMES = {"visual.proj": "visual_projection.weight"}
+CLIP_NAMES |= dict(text_projection="text_projection.weight", conv1="embeddings.patch_embedding")
+CLIP_NAMES |= dict(positional_embedding="embeddings.position_embedding.weight")
+CLIP_NAMES |= dict(token_embedding="embeddings.token_embedding")
+CLIP_NAMES |= dict(class_embedding="embeddings.class_embedding")
 CLIP_NAMES |= dict(visual="vision_model", transformer="encoder", resblocks="layers")
 CLIP_NAMES |= dict(attn="self_attn", c_fc="fc1", c_proj="fc2")
 CLIP_NAMES |= dict(ln_1="layer_norm1", ln_2="layer_norm2", ln_final="final_layer_norm")

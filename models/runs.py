@@ -159,10 +159,8 @@ class Run:
         for key, now in json.loads(json.dumps(self.settings)).items():
             # The model's file may have a new name; the fingerprint identifies the model.
             if began.get(key) != now and key not in ("steps", "model"):
-                raise ValueError(
-                    f"{path}: the run began with {key} {began.get(key)!r}, now it is {now!r}; "
-                    f"give what it began with, or {ANEW}"
-                )
+                differs = f"{path}: the run began with {key} {began.get(key)!r}, now it is {now!r}"
+                raise ValueError(f"{differs}; give what it began with, or {ANEW}")
 
     def read_state(self) -> dict[str, Tensor]:
         with checking(self.path("state"), f"expected a run's state and its .csv; {ANEW}"):
