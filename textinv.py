@@ -35,8 +35,9 @@ from tqdm import tqdm
 
 import models
 
-there = Path(models.__file__ or models.__path__[0]).resolve()
-if Path(__file__).resolve().with_name("models") not in (there, *there.parents):
+if not (there := Path(models.__file__ or models.__path__[0]).resolve()).is_relative_to(
+    Path(__file__).resolve().with_name("models")
+):
     raise ImportError(f"{there} hides textinv's own folder models; rename it, or start elsewhere")
 
 from models.checkpoint import FAMILIES, load_model
@@ -92,8 +93,7 @@ TEMPLATES = {"object": OBJECT_TEMPLATES, "style": STYLE_TEMPLATES}
 # multiplied by the batch size: 0.005 x 2 GPUs x 4 pictures = 0.04 in the paper, 0.005 x 4 here.
 # A guidance scale of 7.5 is within the paper's "typical scales (5-10)".
 PAPER = dict(steps=5000, batch_size=4, lr=0.005, guidance_scale=7.5)
-# The paper's High and Low (section 5.2) are 2e-2 and 1e-4, its base rate is 5e-3.
-RATES = {"base": 1.0, "high": 4.0, "low": 0.02}
+RATES = {"base": 1.0, "high": 4.0, "low": 0.02}  # section 5.2: 5e-3, 2e-2, 1e-4
 STOPS = ("never", "auto")  # after the last step, or once training has converged
 
 # ------------------------------------------------- v*: the new word, a Concept (models/concepts.py)
@@ -245,9 +245,7 @@ def train(
     return training(model, state, loss_of, batch_size, progressive, stop, on_gradients)
 
 
-def training(
-    model: LatentDiffusion, state: State, loss_of, batch_size, progressive, stop, on_gradients
-) -> Iterator[State]:
+def training(model, state: State, loss_of, batch_size, progressive, stop, on_gradients):
     """Yield the state after each remaining step. Arguments are options and a closure of `train`."""
     word, far = state.concept, far_norm(model)
     # Trap: in fp16 the gradient of the loss, a mean over all latents, is so small that it becomes
@@ -314,10 +312,8 @@ def check_setup(vectors, weight_decay, regularize, progressive, stop, seed) -> N
     check_range(0, weight_decay=weight_decay, regularize=regularize, seed=seed)
     if stop not in STOPS:
         raise ValueError(f"stop {stop!r} is not known; use {', '.join(STOPS)}")
-    if progressive and vectors != 3:
-        raise ValueError(f"progressive training ends with 3 vectors, not with {vectors}")
-    if progressive and stop != "never":
-        raise ValueError("progressive training cannot end by stop 'auto'; leave that out")
+    if progressive and (vectors != 3 or stop != "never"):
+        raise ValueError("progressive training ends with 3 vectors; it cannot end by stop 'auto'")
 
 
 def hyperparameters(model: LatentDiffusion | None, steps, batch_size, lr) -> tuple[int, int, float]:
@@ -361,7 +357,7 @@ def check_prompts(model: LatentDiffusion, templates: list[str], words: list[Conc
         ids = model.tokenizer.token_ids(prompt, placeholders)
         model.warn_if_cut(prompt, len(ids))
         if not set(placeholders[word]) <= set(model.tokenizer.frame(ids)):
-            said = f"{word} is not read in {prompt!r}: it touches letters, or its vectors do not fit"
+            said = f"{word} is not read in {prompt!r}: it touches letters, or is too long"
             raise ValueError(f"{said}; use a name like <cat>, fewer vectors, a shorter template")
 
 
@@ -520,8 +516,7 @@ def learn(args: argparse.Namespace, run: Run, model: LatentDiffusion, pixels, op
     states = train(model, pixels, gradient_checkpointing=args.gradient_checkpointing, **options)
     placeholder, steps, saved = options["placeholder"], options["steps"], options["resume"]
     run.begin(anew=saved is None)
-    inputs = grid(to_pil(pixels), least=LEAST)
-    write_png(run.path("inputs.png"), inputs, {"what": "what the model sees"}, True)
+    write_png(run.path("inputs.png"), grid(to_pil(pixels), least=LEAST), {}, overwrite=True)
     since = f", from step {int(saved['step'])} on" if saved else ""
     print(f"learning {placeholder}: {len(pixels)} picture(s), {steps} steps{since}, to {run.out}")
 

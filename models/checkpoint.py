@@ -30,8 +30,7 @@ from .unet import UNet
 BUNDLED = Path(__file__).parent / "emoji"
 CONFIG = "config.json"
 BERT_VOCAB = Path(__file__).parent / "vocab" / "bert-base-uncased.txt"
-# Hyperparameters for SDXL, whose steps cost eight times those of Stable Diffusion 1. The recipes of
-# diffusers and of invoke-training agree on this learning rate per step and on 2,000 pictures.
+# For SDXL: the recipes of diffusers and of invoke-training agree on this rate and 2,000 pictures.
 SDXL = dict(steps=2000, batch_size=1, lr=0.002, guidance_scale=5.0)
 # How a family differs from Stable Diffusion 1, whose values are LatentDiffusion's defaults.
 FAMILIES = dict(ldm=dict(size=256), sd1={}, sd2={})
@@ -248,8 +247,7 @@ def load_model(
     best available; the text encoder is always float32. family (one of `FAMILIES`) and prediction
     ("eps", "v") override what the file says. clip_skip: 2 uses the text encoder's last layer but
     one, as some Stable Diffusion 1 fine-tunes were trained. vae: a file or folder with another
-    autoencoder. Weights that need no conversion are memory-mapped: replace their file by renaming
-    another over it, never by writing into it. Raises `CheckpointError`, a ValueError.
+    autoencoder. The file stays mapped (files.py). Raises `CheckpointError`, a ValueError.
     """
     if family not in (None, *FAMILIES):
         raise ValueError(f"family {family!r} is not known; use {', '.join(FAMILIES)}")

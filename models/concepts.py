@@ -4,9 +4,8 @@ The paper's code: a pickled {"string_to_token", "string_to_param": ParameterDict
 A1111: the same with a plain dict, "name", "step" and the base model; or that as JSON in a picture.
 diffusers: {placeholder: (V, D) or (D,)}, several vectors also as `name`, `name_1`, `name_2`, ...
 kohya, ComfyUI, InvokeAI: {"emb_params": (V, D)}. OneTrainer: {"emp_params": (V, D)}, with a p.
-SDXL: {"clip_l": (V, 768), "clip_g": (V, 1280)} in any container, or in two files of diffusers'
-script, learned_embeds and learned_embeds_2. A Concept joins them to (V, 768 + 1280). "clip_l" alone
-is a word of Stable Diffusion 1.
+SDXL: {"clip_l": (V, 768), "clip_g": (V, 1280)}, or diffusers' learned_embeds and learned_embeds_2;
+a Concept joins them to (V, 768 + 1280). "clip_l" alone is a word of Stable Diffusion 1.
 A LoRA may hold words in any of these layouts: {"bundle_emb.NAME.emb_params": (V, D)}.
 
 A file's content tells its format, not its suffix. Code in a file never runs (files.py).
@@ -33,9 +32,8 @@ from .files import CheckpointError
 from .published import find
 from .tokenizers import nfc
 
-FORMATS = dict(  # the layouts that can be written, and the suffixes of their files
-    diffusers=(".safetensors",), emb_params=(".safetensors",), a1111=(".pt", ".png"), paper=(".pt",)
-)
+FORMATS = dict(diffusers=(".safetensors",), emb_params=(".safetensors",))  # layouts we can write
+FORMATS |= dict(a1111=(".pt", ".png"), paper=(".pt",))
 MAX_VECTORS, MAX_WIDTH = 1000, 16384  # of a word
 MAX_TABLE = 1 << 22  # bytes of pickle, header or JSON; those of whole checkpoints are below 1 MB
 PNG, PNG_KEY = b"\x89PNG\r\n\x1a\n", "sd-ti-embedding"  # a PNG's first bytes; A1111's text chunk

@@ -199,8 +199,7 @@ def warn_of_photographs(paths: Sequence[Path], bundled: bool) -> None:
         colours = ImageOps.fit(image, (64, 64)).getcolors(64 * 64)
         found |= min(image.size) > 256 or len(colours) > 2600
     if found and bundled:
-        note = "the bundled model knows only emoji at 64 pixels; for photographs take --model sd15"
-        warnings.warn(note)
+        warnings.warn("the bundled model knows only emoji; for photographs take --model sd15")
 
 
 def open_mask(source: str | Path | Image.Image, image: Image.Image) -> Image.Image:
@@ -210,8 +209,7 @@ def open_mask(source: str | Path | Image.Image, image: Image.Image) -> Image.Ima
     if beside and beside.exists():
         mask = open_image(beside, "black").convert("L")
         if mask.size != image.size:
-            sizes = "{}x{} pixels, the picture {}x{}".format(*mask.size, *image.size)
-            raise ValueError(f"{beside} has {sizes}; a mask must have its picture's size")
+            raise ValueError(f"{beside} is {mask.size}, its picture {image.size}; make them equal")
         return mask
     shows = ImageChops.difference(image, open_image(source, "black"))  # where alpha is less than 1
     return ImageChops.invert(shows.convert("L"))
@@ -256,9 +254,7 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(p) for p in pixels]
 
 
-def grid(
-    images: Sequence[Image.Image], columns: int | None = None, gap: int = 2, least: int = 1
-) -> Image.Image:
+def grid(images: Sequence[Image.Image], columns: int | None = None, gap=2, least=1) -> Image.Image:
     """Return all pictures in one, row by row; as square as possible unless `columns` is given.
     Pictures smaller than `least` pixels are enlarged by a whole factor."""
     columns = columns or math.ceil(len(images) ** 0.5)

@@ -22,8 +22,7 @@ from .schedule import Schedule
 from .tokenizers import BREAK, RENAME, Tokenizer, Tokens, check_names, split_weights
 from .unet import UNet
 
-# By the width of a word's vectors: a model whose words have that width.
-WIDTHS = {768: "sd15", 1024: "sd21", 1280: "ldm", 2048: "sdxl"}
+WIDTHS = {768: "sd15", 1024: "sd21", 1280: "ldm", 2048: "sdxl"}  # models by their words' width
 Context = Tensor | Conditioning  # (B, L, D); for SDXL a Conditioning, with pooled text (B, P)
 
 
@@ -203,7 +202,7 @@ class LatentDiffusion:
             if (theirs := concept.vectors.shape[1]) != width:
                 base = concept.metadata.get("base_model") or WIDTHS.get(theirs, "unknown")
                 wide = f"{concept.placeholder} is {theirs} wide, this model's words are {width}"
-                raise ValueError(f"{wide}; give the model that it was learnt with: --model ({base})")
+                raise ValueError(f"{wide}; give the model it was learnt with: --model ({base})")
             self.warn_of_another_model(concept)
 
     def warn_of_another_model(self, concept: Concept) -> None:
@@ -219,8 +218,7 @@ class LatentDiffusion:
 
     def warn_if_cut(self, prompt: str, count: int) -> None:
         """Warn if a prompt of `count` tokens is longer than the text encoder reads."""
-        room = self.tokenizer.max_length - 2
-        if count > room:
+        if count > (room := self.tokenizer.max_length - 2):
             warnings.warn(f"{prompt!r} has {count} tokens, only the first {room} are read")
 
     # ----------------------------------------------------------------------------- images

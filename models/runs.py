@@ -9,8 +9,7 @@ A run that learns `cat.safetensors` keeps beside it
     cat.step-N.png   previews
     cat.image-N.*    the words of single pictures, if asked for
 
-All random numbers of a step follow from the seed and the step's number. So no generator needs to be
-saved, and a run that was killed and resumed ends with the same bits as one that was not.
+All random numbers of a step follow from the seed and the step's number: no generator is saved.
 """
 
 import csv
