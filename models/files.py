@@ -135,7 +135,7 @@ def open_content(path: Path, limit: int | None = None) -> tuple[object, dict[str
 
 def check_size(size: int, limit: int | None) -> None:
     if limit and size > limit:
-        raise CheckpointError(f"{size:,} bytes of names, no learnt word; a model goes to --model")
+        raise CheckpointError(f"{size:,} bytes, too many for a learnt word; models go to --model")
 
 
 def unpickle(path: Path, file: BinaryIO, limit: int | None) -> object:

@@ -688,10 +688,10 @@ def test_a_large_description_is_refused_before_it_is_read(tmp_path):
         return b"}" * (5 << 20) if name.endswith("data.pkl") else data
 
     path.write_bytes(rezip(content, bomb, zipfile.ZIP_DEFLATED))
-    refused(path, "no learnt word.*--model")
+    refused(path, "too many for a learnt word.*--model")
     header = b'{"__metadata__":{"a":"%s"}}' % (b"x" * MAX_TABLE)
     path.write_bytes(struct.pack("<Q", len(header)) + header)
-    refused(path, "no learnt word.*--model")
+    refused(path, "too many for a learnt word.*--model")
 
 
 def test_compressed_and_misnamed_archives(tmp_path):
@@ -800,7 +800,7 @@ def test_truncated_and_scrambled_files(format, suffix, tmp_path):
         (base64.b64encode(b"[1]"), "expected"),
         (base64.b64encode(b'{"name": "x"}'), "no vectors"),
         (b"no base64", "expected"),
-        (b"A" * (MAX_TABLE + 1), "no learnt word"),
+        (b"A" * (MAX_TABLE + 1), "too many for a learnt word"),
     ],
 )
 def test_json_that_is_no_word(text, match, tmp_path):
