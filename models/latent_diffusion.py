@@ -201,7 +201,7 @@ class LatentDiffusion:
         for concept in concepts:
             if (theirs := concept.vectors.shape[1]) != width:
                 base = concept.metadata.get("base_model") or WIDTHS.get(theirs, "unknown")
-                wide = f"{concept.placeholder} is {theirs} wide, this model's words are {width}"
+                wide = f"{concept.placeholder} is {theirs} wide, words of this model {width} wide"
                 raise ValueError(f"{wide}; give the model it was learnt with: --model ({base})")
             self.warn_of_another_model(concept)
 

@@ -566,7 +566,7 @@ def test_an_unknown_option_is_named(capsys):
         (["invert", MUSHROOM, "--init-word", " "], "--init-word is missing"),
         (
             ["invert", MUSHROOM, "--init-word", "a", "--progressive", "--stop", "auto"],
-            "leave that out",
+            "cannot end by stop",
         ),
         (["invert", MUSHROOM, "--init-word", "a", "--templates", ""], "textinv: '': "),
         (["sample", "a", "--rename", "a.pt"], "write OLD=NEW"),
