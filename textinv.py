@@ -208,8 +208,7 @@ def train(
     distinct = list(dict.fromkeys(sum(texts, [])))
     metadata = dict(init_word=init_word, steps=0, lr=lr, batch_size=batch_size, seed=seed)
     metadata |= dict(base_model=model.name, base_model_hash=model.fingerprint)
-    metadata |= dict(clip_skip=model.clip_skip) if model.clip_skip > 1 else {}
-    metadata |= dict(templates=json.dumps(distinct))
+    metadata |= dict(clip_skip=model.clip_skip, templates=json.dumps(distinct))
     word = Concept(placeholder, start.clone(), {k: str(v) for k, v in metadata.items()})
     average = model.text_encoder.token_table.float().mean(0, keepdim=True)
     names = [f"{placeholder}-{i + 1}" for i in range(len(texts) if per_image else 0)]
@@ -286,8 +285,9 @@ def training(model, state: State, loss_of, batch_size, progressive, stop, on_gra
 def far_norm(model: LatentDiffusion) -> float:
     """Return a norm that no good word reaches: twelve times the median of the model's own words, or
     the length of a random walk with the usual rate and steps, whichever is larger."""
-    table, usual = model.text_encoder.token_table.float(), PAPER | model.defaults
-    walk = usual["lr"] * usual["batch_size"] * math.sqrt(usual["steps"] * table.shape[1])
+    table = model.text_encoder.token_table.float()
+    steps, batch_size, lr = hyperparameters(model, None, None, None)
+    walk = lr * batch_size * math.sqrt(steps * table.shape[1])
     return max(12 * table.norm(dim=1).median().item(), walk)
 
 
@@ -312,8 +312,10 @@ def check_setup(vectors, weight_decay, regularize, progressive, stop, seed) -> N
     check_range(0, weight_decay=weight_decay, regularize=regularize, seed=seed)
     if stop not in STOPS:
         raise ValueError(f"stop {stop!r} is not known; use {', '.join(STOPS)}")
-    if progressive and (vectors != 3 or stop != "never"):
-        raise ValueError("progressive training ends with 3 vectors; it cannot end by stop 'auto'")
+    if progressive and vectors != 3:
+        raise ValueError(f"progressive training ends with 3 vectors, not with {vectors}")
+    if progressive and stop != "never":
+        raise ValueError(f"progressive training cannot end by stop {stop!r}; leave that out")
 
 
 def hyperparameters(model: LatentDiffusion | None, steps, batch_size, lr) -> tuple[int, int, float]:
@@ -357,7 +359,7 @@ def check_prompts(model: LatentDiffusion, templates: list[str], words: list[Conc
         ids = model.tokenizer.token_ids(prompt, placeholders)
         model.warn_if_cut(prompt, len(ids))
         if not set(placeholders[word]) <= set(model.tokenizer.frame(ids)):
-            said = f"{word} is not read in {prompt!r}: it touches letters, or is too long"
+            said = f"{word} is not read in {prompt!r}: it touches letters, or not all of it fits"
             raise ValueError(f"{said}; use a name like <cat>, fewer vectors, a shorter template")
 
 

@@ -69,7 +69,8 @@ class Scorer:
         clip = load_clip(path)
         size, length = clip.config.text.vocab_size, clip.config.text.max_length
         if path is None:
-            tokenizer: Tokenizer = WordPieceTokenizer.load(BUNDLED / "vocab.txt", length)
+            tokenizer: Tokenizer = WordPieceTokenizer.load(BUNDLED / "vocab.txt")
+            tokenizer.max_length = length
         else:
             merges = next(Path(path).glob("merges.txt"), None)
             tokenizer = CLIPTokenizer.load(merges, size, max_length=length)

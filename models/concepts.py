@@ -216,7 +216,8 @@ def checked(name: str, tensor: Tensor) -> Tensor:
     fits = rows.ndim == 2 and 0 < len(rows) <= MAX_VECTORS and 0 < rows.shape[1] <= MAX_WIDTH
     if not (fits and rows.is_floating_point()):
         found = f"{name[:80]!r} holds {tensor.dtype} of shape {tuple(tensor.shape)[:8]}"
-        raise CheckpointError(f"{found}; a word is floats (V, D), V from 1 to 1,000, D to 16,384")
+        most = f"V from 1 to {MAX_VECTORS:,}, D to {MAX_WIDTH:,}"
+        raise CheckpointError(f"{found}; a word is floats (V, D), {most}")
     # Trap: a view would keep its file mapped, and torch.save would write the whole tensor under it.
     vectors = rows.float().clone(memory_format=torch.contiguous_format)
     if not vectors.isfinite().all():

@@ -42,10 +42,8 @@ def exit_status(parser: argparse.ArgumentParser, argv: Sequence[str] | None = No
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
-            reason = (
-                "out of memory; what helps: --precision bf16, a smaller -n, --size or "
-                "--batch-size, --gradient-checkpointing, --preview-every 0, --device cpu"
-            )
+            reason = "out of memory; what helps: --precision bf16, a smaller -n, --size or "
+            reason += "--batch-size, --gradient-checkpointing, --preview-every 0, --device cpu"
         except KeyboardInterrupt:
             print("textinv: stopped", file=sys.stderr)
             return 130

@@ -113,9 +113,8 @@ class WordPieceTokenizer(Tokenizer):
         self.pad_id, self.unknown_id, self.start_id, self.end_id, _ = special
 
     @classmethod
-    def load(cls, path: str | Path, max_length: int = 77) -> "WordPieceTokenizer":
-        lines = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
-        return cls(lines, max_length)
+    def load(cls, path: str | Path) -> "WordPieceTokenizer":
+        return cls(Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n"))
 
     @staticmethod
     def split(text: str) -> list[str]:

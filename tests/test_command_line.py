@@ -566,7 +566,11 @@ def test_an_unknown_option_is_named(capsys):
         (["invert", MUSHROOM, "--init-word", " "], "--init-word is missing"),
         (
             ["invert", MUSHROOM, "--init-word", "a", "--progressive", "--stop", "auto"],
-            "cannot end by stop",
+            "progressive training cannot end by stop 'auto'; leave that out",
+        ),
+        (
+            ["invert", MUSHROOM, "--init-word", "a", "--progressive", "--vectors", "2"],
+            "ends with 3 vectors, not with 2",
         ),
         (["invert", MUSHROOM, "--init-word", "a", "--templates", ""], "textinv: '': "),
         (["sample", "a", "--rename", "a.pt"], "write OLD=NEW"),

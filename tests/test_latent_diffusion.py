@@ -113,6 +113,9 @@ def test_a_word_of_clip_skip_is_noted_without_it():
     word = textinv.Concept("<s>", torch.zeros(1, 32), {"clip_skip": "2"})
     with pytest.warns(UserWarning, match="<s> was learnt with clip skip 2; add --clip-skip 2"):
         textinv.load_model(SD1).check_concepts([word])
+    plain = textinv.Concept("<s>", word.vectors, {"clip_skip": "1"})
+    with pytest.warns(UserWarning, match="<s> was learnt with clip skip 1; add --clip-skip 1"):
+        textinv.load_model(SD1, clip_skip=2).check_concepts([plain])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         textinv.load_model(SD1, clip_skip=2).check_concepts([word])

@@ -311,7 +311,7 @@ def test_a_word_that_is_cut_in_two_is_refused(model):
     room = model.tokenizer.max_length - 2
     template = " ".join(["a"] * (room - 2)) + " {}"
     textinv.train(model, MUSHROOM, "plant", vectors=2, templates=[template])
-    with pytest.raises(ValueError, match="is too long"):
+    with pytest.raises(ValueError, match="not all of it fits"):
         textinv.train(model, MUSHROOM, "plant", vectors=3, templates=[template])
 
 
