@@ -100,9 +100,9 @@ STOPS = ("never", "auto")  # after the last step, or once training has converged
 
 
 def initial_vectors(model: LatentDiffusion, init_word: str, count: int) -> Tensor:
-    """Return vectors (count, D) from a coarse description, any phrase such as "cat" (appendix F):
-    those of its tokens. More than `count` are averaged in `count` consecutive groups, fewer are
-    repeated. Raises ValueError if the model knows none of its tokens."""
+    """Return the vectors (count, D) of the tokens of a coarse description such as "cat" (appendix
+    F). More than `count` tokens are averaged in `count` consecutive groups; fewer are repeated.
+    Raises ValueError if the model knows none of them."""
     ids = model.known_ids(init_word)
     if not ids:
         raise ValueError(f"init word {init_word!r} has no tokens that this model knows; try cat")
@@ -173,16 +173,16 @@ def train(
 ) -> Iterator[State]:
     """Learn a word by textual inversion (section 3, eq. 2); yield a `State` after each step.
 
-    images: a folder, paths or PIL images, 3-5 of one thing; or what `prepare_images` returns.
-    init_word: a coarse description, whose embedding the word starts from. placeholder: the word in
-    prompts, any string without spaces. vectors: how many it has. steps, batch_size, lr: by default
-    the paper's (5000, 4, 0.005) or the model's own; the rate is lr * batch_size (appendix F), and
-    lr may be "base", "high" or "low". templates: prompts with {} for the word, one drawn for each
-    picture of each step; or one such list per picture. flip: mirror half of the pictures. masked:
-    weigh the loss by alpha or NAME.mask.png (white counts); each picture's weights have mean 1, so
-    a small thing counts as much as a large one. weight_decay: pulls v* towards 0; the paper's code
+    images: a folder, paths or PIL images, 3-5 of one thing, or what `prepare_images` returns.
+    init_word: a coarse description, from whose embedding the word starts. placeholder: the word in
+    prompts, without spaces. vectors: how many it has. steps, batch_size, lr: by default the paper's
+    (5000, 4, 0.005) or the model's own; the rate is lr * batch_size (appendix F), and lr may be
+    "base", "high" or "low". templates: prompts with {} for the word, one drawn for each picture of
+    each step, or one such list per picture. flip: also learn from mirrored pictures. masked: weigh
+    the loss by alpha or NAME.mask.png (white counts); each picture's weights have mean 1, so a
+    small thing counts as much as a large one. weight_decay: pulls v* towards 0; the paper's code
     has 0.01. stop: "auto" stops once training has converged, with the best vectors; every tenth
-    step also runs at least eight more pictures. gradient_checkpointing: saves memory, costs time.
+    step also runs at least eight more pictures. gradient_checkpointing: less memory, slower.
 
     The setups of section 5.2. regularize: weight of the squared distance of each vector from where
     it started (the paper's code multiplies every difference with every other). progressive, with
@@ -563,7 +563,7 @@ def target_of(args: argparse.Namespace) -> tuple[Path, str]:
 
 
 def training_options(args: argparse.Namespace, model: LatentDiffusion | None, templates) -> dict:
-    """Return the options of `train` that decide what is learnt; `model` may have own defaults."""
+    """Return the options of `train` that decide what is learnt, with the defaults of `model`."""
     if not args.init_word.strip():
         raise ValueError("--init-word is missing: what the pictures show, in a word such as cat")
     steps, batch_size, lr = hyperparameters(model, args.steps, args.batch_size, args.lr)
@@ -716,7 +716,7 @@ OPTIONS: dict[str, dict] = dict(
     training_steps=dict(flag="--steps", type=int, help="how many (5000; SDXL 2000; bundled 600)"),
     training_size=dict(flag="--size", type=side, help="pixels; less saves memory (the model's)"),
     batch_size=dict(type=int, help="pictures per step; fewer save memory (4; SDXL 1; bundled 8)"),
-    lr=dict(help="times --batch-size; or base, high, low (0.005; SDXL 0.002; bundled 0.0025)"),
+    lr=dict(help="rate per picture; or base, high, low (0.005; SDXL 0.002; bundled 0.0025)"),
     stop=dict(choices=STOPS, default="never", help="auto stops when the loss has settled (never)"),
     weight_decay=dict(type=float, default=0.0, help="pulls the word to 0; the paper has 0.01 (0)"),
     regularize=dict(type=float, default=0.0, help="keeps the word near --init-word; try 0.01 (0)"),

@@ -252,6 +252,9 @@ def load_model(
     if family not in (None, *FAMILIES):
         raise ValueError(f"family {family!r} is not known; use {', '.join(FAMILIES)}")
     device = find_device(device)
+    old = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    if old and dtype not in (None, torch.float32):
+        warnings.warn("a processor without AVX-512 is slow with 16-bit floats; take fp32")
     path = find(path, "model") if path is not None else BUNDLED
     with checking(path):
         parts, known = read_checkpoint(checkpoint_in(path), family, vae)
@@ -314,8 +317,7 @@ def assemble(
     text_encoder = load_text_encoder(family, text, text_settings, device)
     tokenizer.max_length = text_encoder.config.max_length
     # Trap: SDXL's autoencoder overflows in fp16; its pictures are black then.
-    overflows = family == "sdxl" and dtype == torch.float16
-    vae_dtype = torch.float32 if overflows else dtype
+    vae_dtype = torch.float32 if (family, dtype) == ("sdxl", torch.float16) else dtype
     model = LatentDiffusion(
         filled(UNet, unet_sizes, parts["unet"], dtype, device),
         filled(Autoencoder, vae_sizes, parts["autoencoder"], vae_dtype, device),

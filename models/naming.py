@@ -51,8 +51,7 @@ AUTOENCODER_NAMES |= dict(query="q", key="k", value="v", proj_attn="proj_out")
 CLIP_NAMES = {"visual.proj": "visual_projection.weight"}
 CLIP_NAMES |= dict(text_projection="text_projection.weight", conv1="embeddings.patch_embedding")
 CLIP_NAMES |= dict(positional_embedding="embeddings.position_embedding.weight")
-CLIP_NAMES |= dict(token_embedding="embeddings.token_embedding")
-CLIP_NAMES |= dict(class_embedding="embeddings.class_embedding")
+CLIP_NAMES |= {f"{k}_embedding": f"embeddings.{k}_embedding" for k in ("token", "class")}
 CLIP_NAMES |= dict(visual="vision_model", transformer="encoder", resblocks="layers")
 CLIP_NAMES |= dict(attn="self_attn", c_fc="fc1", c_proj="fc2")
 CLIP_NAMES |= dict(ln_1="layer_norm1", ln_2="layer_norm2", ln_final="final_layer_norm")

@@ -61,8 +61,7 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.to_q = nn.Linear(width, width, bias=False)
-        self.to_k = nn.Linear(context_dim, width, bias=False)
-        self.to_v = nn.Linear(context_dim, width, bias=False)
+        self.to_k, self.to_v = (nn.Linear(context_dim, width, bias=False) for _ in range(2))
         self.to_out = nn.Sequential(nn.Linear(width, width), nn.Dropout(0.0))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
