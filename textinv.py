@@ -185,10 +185,10 @@ def train(
     step also runs at least eight more pictures. gradient_checkpointing: less memory, slower.
 
     The setups of section 5.2. regularize: weight of the squared distance of each vector from where
-    it started (the paper's code multiplies every difference with every other). progressive, with
-    three vectors: the second joins after 2/5 of the steps, the third after 4/5; weight decay acts
-    on all from the start. per_image: also learn a word for each picture, for what only that picture
-    shows; its prompts end in "with" and that word.
+    it started (the paper's code adds products of two vectors' moves). progressive, with three
+    vectors: the second joins after 2/5 of the steps, the third after 4/5; weight decay acts on all
+    from the start. per_image: also learn a word for each picture, for what only that picture shows;
+    its prompts end in "with" and that word.
 
     resume: what `State.tensors()` returned; `steps` is still the total. The same seed gives the
     same bits, resumed or not, on one machine with one number of threads and one precision.
@@ -435,7 +435,7 @@ def sample(
     guidance_scale: 1 is none; by default 7.5, or the model's own. sampler: "dpm++" (14 steps by
     default) or the paper's "ddim" (50). eta: 0 is deterministic, 1 as noisy as DDPM. size: pixels,
     one number or (width, height). Picture i of a prompt starts from the noise of seed + i, in any
-    batch. Raises ValueError for numbers out of range, and for words learnt at another width.
+    batch. Raises ValueError for numbers out of range, and for words of another model's width.
     """
     prompts = [prompts] if isinstance(prompts, str) else prompts
     run, steps, _ = check_sampling(sampler, steps, n, eta, seed)

@@ -238,8 +238,8 @@ class LatentDiffusion:
 
     @torch.no_grad()
     def encode_moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation (B, C, h, w) of the latents of images (B, 3, H, W) in
-        [-1, 1]; scaled, float32. mean + std * noise is a sample z ~ E(x)."""
+        """Return mean and deviation (B, C, h, w), scaled, float32, of the latents of images
+        (B, 3, H, W) in [-1, 1]. mean + std * noise is a sample z ~ E(x)."""
         mean, std = self.autoencoder.encode(images.to(self.device))
         return mean.float() * self.scale_factor, std.float() * self.scale_factor
 

@@ -1,7 +1,7 @@
 """The README's first picture: bundled sets, learnt, and their words in prompts.
 
     python examples/applications/words.py    # about five minutes on two CPU cores
-    python examples/applications/words.py --concepts teddy parrot teapot blueprint --out runs/others
+    python examples/applications/words.py --concepts teddy parrot teapot blueprint --out runs/weaker
 
 A row shows two of the pictures that a word was learnt from, then the word in six prompts,
 uncurated.
