@@ -549,7 +549,7 @@ def named_after(path: str | Path) -> str:
 
 
 def target_of(args: argparse.Namespace) -> tuple[Path, str]:
-    """Return the word's file and its placeholder, by default named after the pictures' folder."""
+    """Return the word's file and its placeholder, named after --out or the pictures' folder."""
     source = Path(args.images).resolve()
     name = Path(args.out).stem if args.out else source.stem if source.is_file() else source.name
     out = Path(args.out or f"{shortened(name, 200)}.safetensors")
@@ -703,7 +703,7 @@ OPTIONS: dict[str, dict] = dict(
     vae=dict(metavar="PATH", help="another autoencoder, file or folder (the model's)"),
     clip_skip=dict(type=int, default=1, choices=(1, 2), help="2 if the model's page says so (1)"),
     device=dict(help="cuda, mps or cpu (the fastest here)"),
-    precision=dict(choices=PRECISIONS, help="of the weights (bf16 or fp16 on a GPU, else fp32)"),
+    precision=dict(choices=PRECISIONS, help="of the weights (bf16 or fp16 with CUDA, else fp32)"),
     seed=dict(type=int, default=0, help="another number gives another result (0)"),
     overwrite=dict(action="store_true", help="replace files of the same name"),
     concept=dict(action="append", default=[], metavar="FILE", help="a word's file; repeatable"),
@@ -737,7 +737,7 @@ OPTIONS: dict[str, dict] = dict(
     size=dict(type=picture_size, metavar="W[xH]", help="pixels, such as 512x768 (the model's)"),
     grid_out=dict(flag="--out", default="grid.png", metavar="FILE", help="all pictures (grid.png)"),
     singles=dict(metavar="FOLDER", help="also save each picture by itself, in this folder"),
-    format=dict(choices=FORMATS, help="emb_params is for kohya, ComfyUI (by the ending of OUT)"),
+    format=dict(choices=FORMATS, help="emb_params is for kohya (by the ending of OUT)"),
     word_file=dict(flag="--word", dest="word_file", metavar="FILE", help="look into this word"),
     prompt=dict(metavar="TEXT", help="show the tokens of this prompt, and their weights"),
     word=dict(type=nfc, metavar="WORD", help="which word, if IN holds several"),
