@@ -162,8 +162,8 @@ class LatentDiffusion:
     def conditioning(
         self, prompts: Sequence[str], concepts: Sequence[Concept] = (), negative: str = ""
     ) -> tuple[Context, Context]:
-        """Return the contexts of prompts (P, k * L, D) and of the negative prompt (1, k * L, D), for
-        `guided`; k is as in `encode_prompts`. Checks the concepts."""
+        """Return the contexts of prompts (P, k * L, D) and of the negative prompt (1, k * L, D),
+        for `guided`; k is as in `encode_prompts`. Checks the concepts."""
         self.check_concepts(concepts)
         both = self.encode_prompts([*prompts, negative], concepts)
         context, uncond = both[:-1], both[-1:]
