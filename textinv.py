@@ -185,10 +185,10 @@ def train(
     step also runs at least eight more pictures. gradient_checkpointing: less memory, slower.
 
     The setups of section 5.2. regularize: weight of the squared distance of each vector from where
-    it started (the paper's code adds products of two vectors' moves). progressive, with three
-    vectors: the second joins after 2/5 of the steps, the third after 4/5; weight decay acts on all
-    from the start. per_image: also learn a word for each picture, for what only that picture shows;
-    its prompts end in "with" and that word.
+    it started (in the paper's code, products of two vectors' moves come on top). progressive, with
+    three vectors: the second joins after 2/5 of the steps, the third after 4/5; weight decay acts
+    on all from the start. per_image: also learn a word for each picture, for what only that picture
+    shows; its prompts end in "with" and that word.
 
     resume: what `State.tensors()` returned; `steps` is still the total. The same seed gives the
     same bits, resumed or not, on one machine with one number of threads and one precision.
