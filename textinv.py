@@ -195,7 +195,7 @@ def train(
     share, on_gradients: for examples/several_gpus.py. `share` selects the rows of each batch that
     this process computes; `on_gradients(loss, gradients)` adds up both over the processes.
 
-    Raises ValueError for unusable pictures, words or numbers; NotFinite instead of a step with NaN.
+    Raises ValueError for unusable pictures, words or numbers, NotFinite before a step with NaN.
     """
     steps, batch_size, lr = hyperparameters(model, steps, batch_size, lr)
     check_setup(vectors, weight_decay, regularize, progressive, stop, seed)
@@ -719,11 +719,11 @@ OPTIONS: dict[str, dict] = dict(
     lr=dict(help="rate per picture; or base, high, low (0.005; SDXL 0.002; bundled 0.0025)"),
     stop=dict(choices=STOPS, default="never", help="auto stops when the loss has settled (never)"),
     weight_decay=dict(type=float, default=0.0, help="pulls the word to 0; the paper has 0.01 (0)"),
-    regularize=dict(type=float, default=0.0, help="keeps the word near --init-word; try 0.01 (0)"),
+    regularize=dict(type=float, default=0.0, help="keeps the word near --init-word; try 0.001 (0)"),
     progressive=dict(action="store_true", help="train one vector, then two, then three"),
     per_image=dict(action="store_true", help="also a word for each picture, for its own details"),
     save_image_words=dict(action="store_true", help="save the words of --per-image too"),
-    templates=dict(default="object", help="object, style, captions, FILE or 'my {}' (object)"),
+    templates=dict(default="object", help="object, style, captions, FILE, or text with {} (object)"),
     no_flip=dict(action="store_true", help="do not mirror the pictures; for things with writing"),
     masked=dict(action="store_true", help="ignore what is transparent, or black in NAME.mask.png"),
     gradient_checkpointing=dict(action="store_true", help="less memory, but slower"),
