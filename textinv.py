@@ -723,7 +723,7 @@ OPTIONS: dict[str, dict] = dict(
     progressive=dict(action="store_true", help="train one vector, then two, then three"),
     per_image=dict(action="store_true", help="also a word for each picture, for its own details"),
     save_image_words=dict(action="store_true", help="save the words of --per-image too"),
-    templates=dict(default="object", help="object, style, captions, FILE, or text with {} (object)"),
+    templates=dict(default="object", help="object, style, captions, FILE or text with {} (object)"),
     no_flip=dict(action="store_true", help="do not mirror the pictures; for things with writing"),
     masked=dict(action="store_true", help="ignore what is transparent, or black in NAME.mask.png"),
     gradient_checkpointing=dict(action="store_true", help="less memory, but slower"),
