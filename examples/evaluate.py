@@ -67,13 +67,13 @@ class Scorer:
         line, for any other file.
         """
         clip = load_clip(path)
-        size, length = clip.config.text.vocab_size, clip.config.text.max_length
+        size = clip.config.text.vocab_size
         if path is None:
             tokenizer: Tokenizer = WordPieceTokenizer.load(BUNDLED / "vocab.txt")
-            tokenizer.max_length = length
         else:
             merges = next(Path(path).glob("merges.txt"), None)
-            tokenizer = CLIPTokenizer.load(merges, size, max_length=length)
+            tokenizer = CLIPTokenizer.load(merges, size)
+        tokenizer.max_length = clip.config.text.max_length
         if (known := tokenizer.vocab_size) != size:
             raise ValueError(f"{path}: knows {size} tokens, its vocabulary has {known}")
         return cls(clip.to(device), tokenizer)

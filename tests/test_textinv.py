@@ -111,7 +111,7 @@ def test_progressive_vectors_join_after_two_and_four_fifths(model):
         vectors = state.concept.vectors.detach()
         moved.append(((vectors - start[: len(vectors)]).abs().sum(dim=1) > 0).tolist())
     assert moved == [[True]] * 4 + [[True, True]] * 4 + [[True, True, True]] * 2
-    with pytest.raises(ValueError, match="ends with 3 vectors"):
+    with pytest.raises(ValueError, match="ends with 3 vectors, not with 5"):
         textinv.train(model, MUSHROOM, "plant", vectors=5, progressive=True)
 
 

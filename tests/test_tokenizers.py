@@ -313,8 +313,16 @@ def test_comfyuis_name_of_a_word(name):
         ("[a:b:0.5]", "[a:b:0.5] is not supported; it is read as plain", "a:b:0.5"),
         ("x [<cat>: 10 ]", "[<cat>: 10 ] is not supported", "x <cat>: 10 "),
         ("[a|<cat>]", "[a|<cat>] is not supported", "a|<cat>"),
-        ("embedding:dog, b", "embedding:dog is not a learnt word (known: <ca", "embedding:dog, b"),
-        ("a <dog>", "<dog> is not a learnt word (known: <cat>); it is read as plain", "a <dog>"),
+        (
+            "embedding:dog, b",
+            "embedding:dog is not a learnt word (known: <cat>)",
+            "embedding:dog, b",
+        ),
+        (
+            "a <dog>",
+            "<dog> is not a learnt word (known: <cat>); it is read as plain text",
+            "a <dog>",
+        ),
     ],
 )
 def test_what_is_not_supported_is_noted(prompt, note, text):
