@@ -30,6 +30,7 @@ from models.bert import BertConfig, BertTextEncoder
 from models.checkpoint import best_dtype, find_device
 from models.clip import CLIPTextEncoder, TextConfig
 from models.latent_diffusion import LatentDiffusion
+from models.layers import widened
 from models.runs import peak_memory
 from models.unet import UNet, UNetConfig
 
@@ -63,7 +64,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Return the TFLOP/s of a large matrix product."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    return 2 * n**3 / min(timed(lambda: a @ b, device) for _ in range(5)) / 1e12
+    return 2 * n**3 / min(timed(lambda: widened(torch.mm, a, b), device) for _ in range(5)) / 1e12
 
 
 def count_flops(work: Callable[[], object]) -> int:

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from models.images import prepare_images
 from models.latent_diffusion import LatentDiffusion
+from models.layers import Conv2d, Linear
 from models.naming import autoencoder_from_diffusers, unet_from_diffusers
 
 
@@ -37,6 +39,10 @@ def components(model: LatentDiffusion):
     ):
         ours.load_state_dict(rename(theirs.state_dict()))
         theirs.requires_grad_(False)
+        # Where a processor is slow with 16-bit floats, theirs too are multiplied in float32.
+        ours_of = {nn.Linear: Linear, nn.Conv2d: Conv2d}
+        for module in theirs.modules():
+            module.__class__ = ours_of.get(type(module), type(module))
     text.requires_grad_(False)
     text.get_input_embeddings().weight.requires_grad_(True)
     return unet, vae, text

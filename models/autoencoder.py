@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Upsample, attention, conv3x3
+from .layers import Conv2d, attention, upsample
 
 
 @dataclass
@@ -33,10 +33,10 @@ class ResnetBlock(nn.Module):
     def __init__(self, c_in: int, c_out: int, groups: int):
         super().__init__()
         self.norm1 = norm(c_in, groups)
-        self.conv1 = conv3x3(c_in, c_out)
+        self.conv1 = Conv2d(c_in, c_out, 3, padding=1)
         self.norm2 = norm(c_out, groups)
-        self.conv2 = conv3x3(c_out, c_out)
-        self.nin_shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+        self.conv2 = Conv2d(c_out, c_out, 3, padding=1)
+        self.nin_shortcut = nn.Identity() if c_in == c_out else Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -50,7 +50,7 @@ class AttnBlock(nn.Module):
     def __init__(self, channels: int, groups: int):
         super().__init__()
         self.norm = norm(channels, groups)
-        layers = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+        layers = (Conv2d(channels, channels, 1) for _ in range(4))
         self.q, self.k, self.v, self.proj_out = layers
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class Downsample(nn.Sequential):
     def __init__(self, channels: int):
         super().__init__()
         self.pad = nn.ZeroPad2d((0, 1, 0, 1))  # trap: right and bottom only
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = Conv2d(channels, channels, 3, stride=2)
 
 
 class Mid(nn.Sequential):
@@ -91,7 +91,7 @@ class Encoder(nn.Module):
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         widths, groups = config.widths, config.norm_groups
-        self.conv_in = conv3x3(3, widths[0])
+        self.conv_in = Conv2d(3, widths[0], 3, padding=1)
         self.down = nn.Sequential()
         for c_in, c_out in zip(widths[:1] + widths, widths):
             self.down.append(Level(c_in, c_out, config.num_res_blocks, groups))
@@ -99,7 +99,7 @@ class Encoder(nn.Module):
             level.downsample = Downsample(width)
         self.mid = Mid(widths[-1], groups)
         self.norm_out = norm(widths[-1], groups)
-        self.conv_out = conv3x3(widths[-1], 2 * config.z_channels)
+        self.conv_out = Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.mid(self.down(self.conv_in(x)))
@@ -112,16 +112,16 @@ class Decoder(nn.Module):
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         widths, groups = config.widths, config.norm_groups
-        self.conv_in = conv3x3(config.z_channels, widths[-1])
+        self.conv_in = Conv2d(config.z_channels, widths[-1], 3, padding=1)
         self.mid = Mid(widths[-1], groups)
         # up[i] has the resolution of the encoder's down[i], so the last entry runs first.
         self.up = nn.ModuleList()
         for c_in, c_out in zip(widths[1:] + widths[-1:], widths):
             self.up.append(Level(c_in, c_out, config.num_res_blocks + 1, groups))
         for level, width in zip(self.up[1:], widths[1:]):
-            level.upsample = Upsample(width)
+            level.upsample = upsample(width)
         self.norm_out = norm(widths[0], groups)
-        self.conv_out = conv3x3(widths[0], 3)
+        self.conv_out = Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(z))
@@ -136,8 +136,8 @@ class Autoencoder(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.quant_conv = nn.Conv2d(2 * config.z_channels, 2 * config.z_channels, 1)
-        self.post_quant_conv = nn.Conv2d(config.z_channels, config.z_channels, 1)
+        self.quant_conv = Conv2d(2 * config.z_channels, 2 * config.z_channels, 1)
+        self.post_quant_conv = Conv2d(config.z_channels, config.z_channels, 1)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation (B, z, h, w), unscaled, of q(z | x) for pictures

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .layers import FeedForward, attention
+from .layers import attention, feed_forward
 
 HEADS, INNER = 8, 512  # attention heads and their joint width, fixed in the original code
 
@@ -40,7 +40,7 @@ class AttentionLayers(nn.Module):
         width, self.layers = config.width, nn.ModuleList()
         for _ in range(config.layers):
             first = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU())
-            for layer in (Attention(width), FeedForward(first, width)):
+            for layer in (Attention(width), feed_forward(first, width)):
                 self.layers.append(nn.ModuleList([nn.LayerNorm(width), layer]))
 
     def forward(self, x: Tensor) -> Tensor:

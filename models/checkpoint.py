@@ -252,9 +252,6 @@ def load_model(
     if family not in (None, *FAMILIES):
         raise ValueError(f"family {family!r} is not known; use {', '.join(FAMILIES)}")
     device = find_device(device)
-    old = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
-    if old and dtype not in (None, torch.float32):
-        warnings.warn("a processor without AVX-512 is slow with 16-bit floats; take fp32")
     path = find(path, "model") if path is not None else BUNDLED
     with checking(path):
         parts, known = read_checkpoint(checkpoint_in(path), family, vae)
@@ -265,8 +262,7 @@ def load_model(
 
 
 def read_checkpoint(path: Path, family: str | None, vae: str | Path | None):
-    """Return the tensors of all networks, the autoencoder's from `vae` if it is given, and the
-    arguments of `assemble` that the files tell."""
+    """Return the tensors of all networks, and the arguments of `assemble` that the files tell."""
     try:
         parts, known = (read_folder if path.is_dir() else read_single_file)(path, family)
     except CheckpointError as error:
@@ -405,8 +401,7 @@ def measure_prediction(model: LatentDiffusion) -> str:
 
 
 def fingerprint(unet: UNet) -> str:
-    """Return 16 hexadecimal digits that identify a base model: a hash of its weights' signs, which
-    are the same in every precision and layout."""
+    """Return 16 digits that identify a model in any precision: a hash of its weights' signs."""
     weights = torch.cat([p.flatten()[:1000] for p in unet.parameters()])
     return hashlib.sha256(weights.cpu().signbit().numpy().tobytes()).hexdigest()[:16]
 

@@ -144,8 +144,7 @@ def words_in(files: Sequence[str], renames: Sequence[str]) -> list[Concept]:
 
 
 def word_file(path: Path) -> Path:
-    """Return the word file in a folder: the latest one of diffusers' script, or the only word. If
-    `path` is a file already, return it."""
+    """Return the word file of a folder: the latest of diffusers' script, or the only; or a file."""
     if not path.is_dir():
         return path
     endings = (".safetensors", ".pt", ".bin", ".png")

@@ -253,8 +253,7 @@ def infotext(prompt: str, settings: dict) -> str:
 
 
 def write_png(path: str | Path, image: Image.Image, text: dict, overwrite: bool) -> None:
-    """Write a PNG whose text chunks say how it was made. If "settings" is among them, add the chunk
-    "parameters", as A1111's web UI writes it."""
+    """Write a PNG with text chunks; "settings" are also written as A1111's "parameters"."""
     if "settings" in text:
         text = text | dict(parameters=infotext(text["prompt"], text["settings"]))
     write_file(path, png_bytes(image, text), overwrite)
@@ -271,8 +270,7 @@ def png_bytes(image: Image.Image, text: dict) -> bytes:
 
 
 def settings_beside(path: Path) -> dict[str, str]:
-    """Return the `key: value` lines of the original configuration, model.yaml or config.yaml beside
-    model.ckpt; empty if there is none."""
+    """Return the `key: value` lines of model.yaml or config.yaml beside model.ckpt, if any."""
     beside = (path.with_suffix(".yaml"), path.with_name("config.yaml"))
     text = next((file.read_text(errors="replace") for file in beside if file.is_file()), "")
     lines = re.findall(r"^\s*(\w+):[ \t]*[\"']?([^\s\"'#]+)", text, re.MULTILINE)

@@ -98,8 +98,7 @@ class LatentDiffusion:
         return self.encode_ids(rows, concepts)
 
     def encode_ids(self, rows: list[list[int]], concepts: Sequence[Concept]) -> Context:
-        """Return the context (B, L, D) of B rows of ids, of any length, without start and end.
-        Equal rows are encoded once."""
+        """Return the context (B, L, D) of B rows of ids of any length, without start and end."""
         tokens = [tuple(self.tokenizer.pad(self.tokenizer.frame(ids))) for ids in rows]
         distinct = list(dict.fromkeys(tokens))
         ids = torch.tensor(distinct, device=self.device)
@@ -186,8 +185,7 @@ class LatentDiffusion:
         return [i for i in self.tokenizer.token_ids(text) if i != self.tokenizer.unknown_id]
 
     def check_placeholders(self, names: Sequence[str]) -> None:
-        """Raise ValueError for a placeholder that has spaces or is an ordinary word of the model,
-        and for two of the same name."""
+        """Raise ValueError for a placeholder with spaces, an ordinary word, and equal names."""
         check_names(names)
         ours = [name for name in names if name.isalnum() and len(self.known_ids(name)) == 1]
         if ours:

@@ -1,12 +1,13 @@
 """What the networks share: attention, a few layers, and SDXL's conditioning."""
 
-import math
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.backends.cpu import get_cpu_capability
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
@@ -14,38 +15,41 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False)
     q (B, Lq, heads * d), k and v (B, Lk, heads * d). With `causal`, position i sees only 0 to i."""
     b, _, width = q.shape
     q, k, v = (x.view(b, -1, heads, width // heads).transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # (B, heads, Lq, d)
+    out = widened(F.scaled_dot_product_attention, q, k, v, is_causal=causal)  # (B, heads, Lq, d)
     return out.transpose(1, 2).reshape(b, -1, width)
 
 
-def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """Return sinusoidal features (B, dim) of timesteps t (B,), float32: cosines, then sines."""
-    half = dim // 2
-    steps = torch.arange(half, dtype=torch.float32, device=t.device)
-    angles = t[:, None].float() * torch.exp(-math.log(10_000) * steps / half)
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+def widened(function: Callable, *tensors: Tensor | None, **options) -> Tensor:
+    """Return function(*tensors, **options), computed in float32 where a processor would multiply
+    16-bit floats a hundred times as slowly: for PyTorch, one without AVX-512."""
+    x = tensors[0]
+    if x.dtype == torch.float32 or not x.is_cpu or get_cpu_capability() != "AVX2":
+        return function(*tensors, **options)
+    wide = (part if part is None else part.float() for part in tensors)
+    return function(*wide, **options).to(x.dtype)
 
 
-def conv3x3(c_in: int, c_out: int) -> nn.Conv2d:
-    return nn.Conv2d(c_in, c_out, 3, padding=1)
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return widened(F.linear, x, self.weight, self.bias)
 
 
-class FeedForward(nn.Sequential):
-    """Two linear layers; `first` is the one from width to 4 * width, with its activation."""
-
-    def __init__(self, first: nn.Module, width: int):
-        super().__init__()
-        dropout = nn.Dropout(0.0)  # does nothing, but is counted in the key names
-        self.net = nn.Sequential(first, dropout, nn.Linear(4 * width, width))
+class Conv2d(nn.Conv2d):
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return widened(super()._conv_forward, x, weight, bias)
 
 
-class Upsample(nn.Sequential):
-    """Doubles height and width by repeating each value, then a 3x3 convolution."""
+def feed_forward(first: nn.Module, width: int) -> nn.Sequential:
+    """Return two linear layers; `first` goes from width to 4 * width and has an activation."""
+    dropout = nn.Dropout(0.0)  # does nothing, but is counted in the key names
+    return nn.Sequential(OrderedDict(net=nn.Sequential(first, dropout, Linear(4 * width, width))))
 
-    def __init__(self, channels: int):
-        super().__init__()
-        self.double = nn.Upsample(scale_factor=2.0, mode="nearest")
-        self.conv = conv3x3(channels, channels)
+
+def upsample(channels: int) -> nn.Sequential:
+    """Return layers that double height and width by repeating values, then a 3x3 convolution."""
+    repeat = nn.Upsample(scale_factor=2.0, mode="nearest")
+    conv = Conv2d(channels, channels, 3, padding=1)
+    return nn.Sequential(OrderedDict(repeat=repeat, conv=conv))
 
 
 @dataclass

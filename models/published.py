@@ -87,8 +87,7 @@ def snapshot(path: Path) -> Path:
 
 
 def checkpoint_in(folder: Path) -> Path:
-    """Return the checkpoint in a folder that is not a diffusers model: model.safetensors, else the
-    only one. Return the folder if it has none."""
+    """Return the checkpoint in a folder: model.safetensors, else the only one, else the folder."""
     files = {p.stem: p for end in ("ckpt", "safetensors") for p in folder.glob(f"*.{end}")}
     if not files or any(folder.glob("unet/diffusion_pytorch_model*")):
         return folder

@@ -141,8 +141,7 @@ class Run:
         return [p for name in own for p in self.out.parent.glob(f"{glob.escape(self.stem)}.{name}")]
 
     def begin(self, anew: bool) -> None:
-        """Write the settings, before the first step. `anew` removes another run's files, but not
-        the word, which the first save replaces."""
+        """Write the settings. `anew` first removes another run's files, but not its word."""
         unfinished = self.out.parent.glob(f".{glob.escape(self.stem)}.*.tmp")  # of a killed process
         for path in [*unfinished, *(self.files() if anew else ())]:
             path.unlink()

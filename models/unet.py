@@ -5,6 +5,7 @@ Modules have the key names of the CompVis checkpoints (without the prefix `model
 where every entry of `input_blocks` and `output_blocks` is a short list of layers.
 """
 
+import math
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .layers import Conditioning, FeedForward, Upsample, attention, conv3x3, timestep_embedding
+from .layers import Conditioning, Conv2d, Linear, attention, feed_forward, upsample
 
 
 @dataclass
@@ -36,18 +37,26 @@ class UNetConfig:
         return self.heads or width // self.head_width
 
 
+def timestep_embedding(t: Tensor, dim: int) -> Tensor:
+    """Return sinusoidal features (B, dim) of timesteps t (B,), float32: cosines, then sines."""
+    half = dim // 2
+    steps = torch.arange(half, dtype=torch.float32, device=t.device)
+    angles = t[:, None].float() * torch.exp(-math.log(10_000) * steps / half)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
 class ResBlock(nn.Module):
     """Residual block, (b, c_in, h, w) to (b, c_out, h, w). emb: embedded t, (b, 4 * widths[0])."""
 
     def __init__(self, c_in: int, c_out: int, config: UNetConfig):
         super().__init__()
-        # Trap: eps is 1e-5 here, 1e-6 in the spatial transformers.
+        # Trap: eps is 1e-5 here, 1e-6 in the spatial transformers. Dropout counts in key names.
         norm = partial(nn.GroupNorm, config.norm_groups, eps=1e-5)
-        dropout = nn.Dropout(0.0)  # does nothing, but is counted in the key names
-        self.in_layers = nn.Sequential(norm(c_in), nn.SiLU(), conv3x3(c_in, c_out))
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(4 * config.widths[0], c_out))
-        self.out_layers = nn.Sequential(norm(c_out), nn.SiLU(), dropout, conv3x3(c_out, c_out))
-        self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+        conv, dropout = partial(Conv2d, kernel_size=3, padding=1), nn.Dropout(0.0)
+        self.in_layers = nn.Sequential(norm(c_in), nn.SiLU(), conv(c_in, c_out))
+        self.emb_layers = nn.Sequential(nn.SiLU(), Linear(4 * config.widths[0], c_out))
+        self.out_layers = nn.Sequential(norm(c_out), nn.SiLU(), dropout, conv(c_out, c_out))
+        self.skip_connection = nn.Identity() if c_in == c_out else Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
@@ -60,9 +69,9 @@ class CrossAttention(nn.Module):
     def __init__(self, width: int, context_dim: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.to_q = nn.Linear(width, width, bias=False)
-        self.to_k, self.to_v = (nn.Linear(context_dim, width, bias=False) for _ in range(2))
-        self.to_out = nn.Sequential(nn.Linear(width, width), nn.Dropout(0.0))
+        self.to_q = Linear(width, width, bias=False)
+        self.to_k, self.to_v = (Linear(context_dim, width, bias=False) for _ in range(2))
+        self.to_out = nn.Sequential(Linear(width, width), nn.Dropout(0.0))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         context = x if context is None else context
@@ -75,7 +84,7 @@ class GEGLU(nn.Module):
 
     def __init__(self, d_in: int, d_out: int):
         super().__init__()
-        self.proj = nn.Linear(d_in, 2 * d_out)
+        self.proj = Linear(d_in, 2 * d_out)
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.proj(x).chunk(2, dim=-1)  # trap: the value comes first
@@ -89,7 +98,7 @@ class TransformerBlock(nn.Module):
         super().__init__()
         heads = config.heads_for(width)
         self.attn1 = CrossAttention(width, width, heads)
-        self.ff = FeedForward(GEGLU(width, 4 * width), width)
+        self.ff = feed_forward(GEGLU(width, 4 * width), width)
         self.attn2 = CrossAttention(width, config.context_dim, heads)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
 
@@ -99,7 +108,7 @@ class TransformerBlock(nn.Module):
         return x + self.ff(self.norm3(x))
 
 
-class Pointwise(nn.Linear):
+class Pointwise(Linear):
     """A 1x1 convolution of (b, c, h, w), stored as a linear layer."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -113,7 +122,7 @@ class SpatialTransformer(nn.Module):
 
     def __init__(self, width: int, depth: int, config: UNetConfig):
         super().__init__()
-        project = Pointwise if config.linear_projection else partial(nn.Conv2d, kernel_size=1)
+        project = Pointwise if config.linear_projection else partial(Conv2d, kernel_size=1)
         blocks = (TransformerBlock(width, config) for _ in range(depth))
         self.norm = nn.GroupNorm(config.norm_groups, width, eps=1e-6)
         self.proj_in = project(width, width)
@@ -149,7 +158,7 @@ class UNet(nn.Module):
         widths, emb_dim = config.widths, 4 * config.widths[0]
 
         def embed(dim: int) -> nn.Sequential:
-            return nn.Sequential(nn.Linear(dim, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+            return nn.Sequential(Linear(dim, emb_dim), nn.SiLU(), Linear(emb_dim, emb_dim))
 
         def block(c_in: int, level: int) -> Block:
             layers = Block(ResBlock(c_in, widths[level], config))
@@ -160,14 +169,14 @@ class UNet(nn.Module):
         self.time_embed = embed(widths[0])
         if config.vector_dim:
             self.label_emb = nn.Sequential(embed(config.vector_dim))
-        self.input_blocks = nn.ModuleList([Block(conv3x3(config.channels, widths[0]))])
+        self.input_blocks = nn.ModuleList([Block(Conv2d(config.channels, widths[0], 3, padding=1))])
         skips = [widths[0]]  # channels of the input blocks' outputs, which output blocks read too
         for level, width in enumerate(widths):
             for _ in range(config.num_res_blocks):
                 self.input_blocks.append(block(skips[-1], level))
                 skips.append(width)
             if level < len(widths) - 1:
-                halve = nn.Conv2d(width, width, 3, stride=2, padding=1)
+                halve = Conv2d(width, width, 3, stride=2, padding=1)
                 self.input_blocks.append(Block(nn.Sequential(OrderedDict(op=halve))))
                 skips.append(width)
         self.middle_block = Block(
@@ -181,9 +190,9 @@ class UNet(nn.Module):
                 self.output_blocks.append(block(width + skips.pop(), level))
                 width = widths[level]
             if level:
-                self.output_blocks[-1].append(Upsample(width))
+                self.output_blocks[-1].append(upsample(width))
         norm = nn.GroupNorm(config.norm_groups, width, eps=1e-5)
-        self.out = nn.Sequential(norm, nn.SiLU(), conv3x3(width, config.channels))
+        self.out = nn.Sequential(norm, nn.SiLU(), Conv2d(width, config.channels, 3, padding=1))
 
     def embed_vector(self, x_t: Tensor, given: Conditioning) -> Tensor:
         """Return the embedding (B, 4 * widths[0]) of pooled text and sizes, which SDXL adds to the

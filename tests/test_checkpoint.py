@@ -7,7 +7,6 @@ import shutil
 import struct
 import subprocess
 import sys
-import warnings
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -167,17 +166,6 @@ def test_measured_prediction(tmp_path, monkeypatch, kind, dtype):
     answer = {"eps": lambda self, x, t, context: x, "v": lambda self, x, t, context: -x.flip(-1)}
     monkeypatch.setattr(UNet, "forward", answer[kind])
     assert load(path, dtype).schedule.prediction == kind
-
-
-@pytest.mark.parametrize("capability, notes", (("AVX2", 1), ("AVX512", 0), ("DEFAULT", 0)))
-def test_sixteen_bits_on_an_old_processor_are_noted(monkeypatch, capability, notes):
-    """Matrix products take a hundred times as long as in float32 there."""
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    for dtype, expected in ((torch.bfloat16, notes), (torch.float16, notes), (None, 0)):
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            load_model(None, "cpu", dtype)
-        assert sum("slow with 16-bit floats" in str(note.message) for note in said) == expected
 
 
 # ------------------------------------------------------------------------- full-size key tables

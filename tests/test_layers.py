@@ -6,7 +6,9 @@ import pytest
 import torch
 from helpers import EXACT, TEXT, assert_close_std
 
-from models.layers import attention, timestep_embedding
+from models import layers
+from models.layers import Conv2d, Linear, attention
+from models.unet import timestep_embedding
 
 
 @pytest.mark.parametrize("heads", (1, 4))
@@ -38,3 +40,39 @@ def test_timestep_embedding():
         rows.append([math.cos(x) for x in angles] + [math.sin(x) for x in angles])
     # Angles up to 999 radians lose digits in float32, as in every published model.
     assert_close_std(out, torch.tensor(rows, dtype=torch.float64), 10 * EXACT)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("capability, expected", (("AVX2", torch.float32), ("AVX512", None)))
+def test_sixteen_bits_on_an_old_processor(monkeypatch, dtype, capability, expected):
+    """They are multiplied in float32 there, weights and results stay as they are, and so do the
+    gradients; on other processors nothing is converted."""
+    monkeypatch.setattr(layers, "get_cpu_capability", lambda: capability)
+    torch.manual_seed(0)
+    linear, conv = Linear(8, 8, bias=False).to(dtype), Conv2d(8, 8, 3, padding=1).to(dtype)
+    x = torch.randn(2, 9, 8, dtype=dtype, requires_grad=True)
+    picture = x.detach().mT.reshape(2, 8, 3, 3)
+    seen = []
+
+    def spy(name):
+        original = getattr(torch.nn.functional, name)
+
+        def function(*given, **options):
+            seen.append(given[0].dtype)
+            return original(*given, **options)
+
+        monkeypatch.setattr(layers.F, name, function)
+        return original
+
+    multiply, convolve, attend = map(spy, ("linear", "conv2d", "scaled_dot_product_attention"))
+    outs = linear(x), conv(picture), attention(x, x, x, heads=1)
+    sum(out.float().sum() for out in outs).backward()
+    assert x.grad.dtype == dtype and linear.weight.grad.dtype == dtype
+    assert all(out.dtype == dtype for out in outs) and seen == 3 * [expected or dtype]
+    if expected:
+        wide = x.detach().float()
+        bias = conv.bias.float()
+        assert torch.equal(outs[0], multiply(wide, linear.weight.float()).to(dtype))
+        in_float32 = convolve(picture.float(), conv.weight.float(), bias, padding=1)
+        assert torch.equal(outs[1], in_float32.to(dtype))
+        assert torch.equal(outs[2], attend(*3 * [wide[:, None]])[:, 0].to(dtype))
