@@ -25,7 +25,7 @@ nfc = partial(unicodedata.normalize, "NFC")  # makes two spellings of the same c
 
 
 def any_of(words: Iterable[str]) -> str:
-    """Return a pattern for any of the words, longest first, if whole: "my-cat" not in "my-cats"."""
+    """Return a pattern for any of the words, longest first. It finds no "my-cat" in "my-cats"."""
     # \b goes to each end that is a letter or digit.
     patterns = [re.sub(r"^\b|\b$", r"\\b", re.escape(w)) for w in sorted(words, key=len)[::-1]]
     return f"(?:{'|'.join(patterns) or '(?!)'})"

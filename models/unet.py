@@ -50,7 +50,7 @@ class ResBlock(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, config: UNetConfig):
         super().__init__()
-        # Trap: eps is 1e-5 here, 1e-6 in the spatial transformers. Dropout counts in key names.
+        # Trap: eps is 1e-5 here, 1e-6 in the spatial transformers. Dropout is there for key names.
         norm = partial(nn.GroupNorm, config.norm_groups, eps=1e-5)
         conv, dropout = partial(Conv2d, kernel_size=3, padding=1), nn.Dropout(0.0)
         self.in_layers = nn.Sequential(norm(c_in), nn.SiLU(), conv(c_in, c_out))
