@@ -41,7 +41,8 @@ def print_differences(rows: Sequence[dict], base: str = "ours") -> None:
     """Print what each setup changes against `base`, over the words that both were measured on."""
     table = {s: {name: pair for name, *pair in scores} for s, scores in summarize(rows).items()}
     reference = table.pop(base)
-    print(f"\nagainst {base}      reconstruction      editability")
+    if table:
+        print(f"\nagainst {base}      reconstruction      editability")
     for setup, pairs in table.items():
         both = [(pairs[name], reference[name]) for name in pairs]
         if len(both) > 1:

@@ -1,7 +1,7 @@
 """The README's first picture: bundled sets, learnt, and their words in prompts.
 
-    python examples/applications/words.py    # about five minutes on two CPU cores
-    python examples/applications/words.py --concepts teddy parrot teapot blueprint --out runs/weaker
+    python examples/applications/words.py    # about six minutes on two CPU cores
+    python examples/applications/words.py --concepts gem blueprint --out runs/two
 
 A row shows two of the pictures that a word was learnt from, then the word in six prompts,
 uncurated.
@@ -20,7 +20,7 @@ PROMPTS = (
     "a sketch of a {}",
     "pixel art of a {} in the snow",
 )
-BEST = ("mushroom", "cupcake", "hedgehog", "lantern")  # those that this small model draws best
+BEST = ("mushroom", "fire-engine", "giraffe", "hotdog", "cupcake")  # this small model's best
 THINGS = ("castle", "rocket", "apple", "cat", "trumpet", "key")
 STYLED = [f"a {{}} of a {thing}" for thing in THINGS]
 

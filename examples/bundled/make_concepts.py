@@ -37,6 +37,15 @@ VENDORS_OF = {  # who drew each thing
     "cupcake": "fluent",
     "lantern": "noto",
     "teddy": "noto",
+    "icecream": "noto",
+    "hotdog": "twemoji",
+    "flamingo": "fluent",
+    "zebra": "noto",
+    "giraffe": "twemoji",
+    "fire-engine": "fluent",
+    "ufo": "noto",
+    "hibiscus": "twemoji",
+    "gem": "fluent",
 }
 BLUEPRINTS = "house noto, car twemoji, guitar fluent, robot noto, sailboat twemoji"
 

@@ -11,7 +11,7 @@ too small: "covered" is the safer of the two verdicts.
 """
 
 import repository  # noqa: F401
-from common import CONCEPTS, STYLES, Workspace, concept_folder, make_parser, open_images
+from common import OBJECTS, STYLES, Workspace, concept_folder, make_parser, open_images
 from measures import closest, distances, welch
 
 from models.files import write_table
@@ -35,7 +35,7 @@ def coverage(workspace: Workspace, name: str) -> dict[str, str]:
 def main(argv=None) -> None:
     args = make_parser(__doc__, samples=256).parse_args(argv)
     workspace, rows = Workspace.open(args), []
-    for name in ("mushroom", "blueprint") if args.quick else CONCEPTS:
+    for name in ("mushroom", "blueprint") if args.quick else [*OBJECTS, *STYLES]:
         rows.append(coverage(workspace, name))
         print(*rows[-1].values(), sep="\t", flush=True)
         write_table(workspace.out / "coverage.csv", rows, overwrite=True)

@@ -1,7 +1,7 @@
 """Figure 7 (section 5.2): every setup of the paper, on every object set, in one chart.
 
     python examples/experiments/fig7.py                 # two hours on two CPU cores
-    python examples/experiments/fig7.py --concepts teddy    # some sets only
+    python examples/experiments/fig7.py --concepts teddy --setups ours "3 vectors"    # some only
 
 At the end it writes fig7.csv and fig7.png (needs matplotlib) and prints a table, and what each
 setup changes: the mean of its differences to "ours", set by set, with a 95% confidence interval.
@@ -10,7 +10,7 @@ The paper has 64 samples of 50 DDIM steps for each prompt (-n 64 --steps 50); he
 
 import repository  # noqa: F401
 from chart import tradeoff, write_chart
-from common import EXAMPLES, OBJECTS, Workspace, make_parser
+from common import EXAMPLES, MORE, OBJECTS, Workspace, make_parser
 from evaluate import read_captions
 from scores import print_differences, print_scores, summarize
 
@@ -43,10 +43,12 @@ def scores(workspace: Workspace, setup: str, name: str) -> list[dict]:
 
 def main(argv=None) -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--concepts", nargs="+", choices=OBJECTS, default=OBJECTS)
+    parser.add_argument("--concepts", nargs="+", choices=OBJECTS + MORE, default=OBJECTS)
+    every = [*SETUPS, *REFERENCES]
+    parser.add_argument("--setups", nargs="+", choices=every, default=every)
     args = parser.parse_args(argv)
     workspace, rows = Workspace.open(args), []
-    for setup in [*SETUPS, *REFERENCES]:
+    for setup in dict.fromkeys(["ours", *args.setups]):  # which the others are compared with
         for name in args.concepts[: 2 if args.quick else None]:
             rows += scores(workspace, setup, name)
     write_table(workspace.out / "fig7.csv", rows, overwrite=True)

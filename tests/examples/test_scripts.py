@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import textinv
+from models.checkpoint import BUNDLED
 from models.images import prepare_images
 from models.layers import attention
 
@@ -230,6 +231,21 @@ def test_fig7_measures_setups_and_references_once(out, monkeypatch, capsys):
     monkeypatch.setattr(common, "evaluate", None)  # all is there: nothing is computed again
     run("fig7", out)
     assert (out / "fig7.csv").read_text() == table
+    run("fig7", out, "--setups", "short captions", "--concepts", "mushroom")
+    rows = list(csv.DictReader((out / "fig7.csv").read_text().splitlines()))
+    assert {row["setup"] for row in rows} == {"ours", "short captions"}
+    assert {row["name"] for row in rows} == {"mushroom"}
+
+
+def test_every_set_has_five_pictures_and_captions_that_the_model_can_read():
+    known = set((BUNDLED / "vocab.txt").read_text().split())
+    for name in common.CONCEPTS:
+        pictures = common.open_images(common.concept_folder(name))
+        assert [picture.size for picture in pictures] == [(64, 64)] * 5
+        if name not in common.STYLES:
+            captions = evaluate.read_captions(common.EXAMPLES / "captions" / f"{name}.txt")
+            assert list(captions) == ["short captions", "long captions"]
+            assert known.issuperset(" ".join(sum(captions.values(), [])).split())
 
 
 def test_steps_measures_runs_of_several_lengths(out, monkeypatch, capsys):
