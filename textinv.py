@@ -263,12 +263,12 @@ def training(model, state: State, loss_of, batch_size, progressive, stop, on_gra
         if on_gradients:
             on_gradients(loss, gradients)
         check_finite(step, gradients, parts)
+        word.metadata["steps"] = str(step)  # not the state's until it is yielded: see Run.follow
         state.optimizer.step()
         if (norm := word.vectors.detach().norm(dim=1).max().item()) > far:
             said = f"step {step}: the word's norm is {norm:,.0f}, far from all words of the model"
             warnings.warn(f"{said}; it is useless in prompts, so start over with a lower lr")
             far = math.inf  # warn only once
-        word.metadata["steps"] = str(step)
         state = replace(state, step=step, loss=loss, concept=words[0], fixed_loss=None)
         if stop == "auto" and step % STOP_EVERY == 0:
             with torch.no_grad():  # fixed batches, of step numbers that training never uses
@@ -518,7 +518,7 @@ def learn(args: argparse.Namespace, run: Run, model: LatentDiffusion, pixels, op
     states = train(model, pixels, gradient_checkpointing=args.gradient_checkpointing, **options)
     placeholder, steps, saved = options["placeholder"], options["steps"], options["resume"]
     run.begin(anew=saved is None)
-    write_png(run.path("inputs.png"), grid(to_pil(pixels), least=LEAST), {}, overwrite=True)
+    write_png(run.path("inputs.png"), grid(to_pil(pixels[:, :3]), least=LEAST), {}, overwrite=True)
     since = f", from step {int(saved['step'])} on" if saved else ""
     print(f"learning {placeholder}: {len(pixels)} picture(s), {steps} steps{since}, to {run.out}")
 
@@ -536,7 +536,8 @@ def learn(args: argparse.Namespace, run: Run, model: LatentDiffusion, pixels, op
     draw = ["sample", f"a photo of {placeholder}", "--concept", str(run.out)]
     if run.out.suffix.lower() == ".pt":  # A1111's: the word is named after its file
         draw += ["--rename", f"{run.out.name}={placeholder}"]
-    draw += ["--model", args.model] if args.model else []
+    for name in ("model", "vae", "family", "prediction"):
+        draw += [f"--{name}", vars(args)[name]] if vars(args)[name] else []
     draw += ["--clip-skip", str(args.clip_skip)] if args.clip_skip > 1 else []
     print(f"wrote {run.out}; try: python textinv.py {shlex.join(draw)}")
     return 0

@@ -72,6 +72,7 @@ def invert(args: argparse.Namespace, rank: int, world: int) -> int:
     130 after Ctrl-C."""
     out, placeholder = textinv.target_of(args)
     free_target(out, args.overwrite)
+    textinv.check_range(1, save_every=args.save_every)
     if not args.init_word:
         raise ValueError("--init-word is missing: what the pictures show, in a word such as cat")
     images = find_images(args.images)

@@ -101,9 +101,8 @@ class State:
 
 def converged(losses: Sequence[float]) -> bool:
     """Return True if the last losses vary little compared with all of them (early stopping)."""
-    losses = torch.tensor(losses, dtype=torch.float64)
-    enough = len(losses) >= STOP_WINDOW
-    return enough and bool(losses[-STOP_WINDOW:].var() < STOP_SHARE * losses.var())
+    past = torch.as_tensor(losses, dtype=torch.float64)
+    return len(past) >= STOP_WINDOW and bool(past[-STOP_WINDOW:].var() < STOP_SHARE * past.var())
 
 
 class Run:
@@ -193,8 +192,8 @@ class Run:
                     if asked:
                         break
         finally:
-            if state is not None:
-                self.save(state)
+            if state is not None and state.concept.metadata["steps"] == str(state.step):
+                self.save(state)  # not in the middle of the next step, which changes the vectors
         return state
 
     def save(self, state: State) -> None:

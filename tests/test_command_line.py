@@ -344,9 +344,10 @@ def test_the_command_to_try_next_works_as_it_stands(tmp_path, capsys, monkeypatc
     shutil.copytree(MUSHROOM, "my cat")
     model = str(ROOT / "models" / "emoji")
     learn = ["invert", "my cat", "--init-word", "plant", "--model", model, "--device", "cpu"]
+    learn += ["--prediction", "v"]
     assert textinv.main([*learn, "--steps", "1", "--batch-size", "1"]) == 0
     command = shlex.split(capsys.readouterr().out.rpartition("try: python textinv.py ")[2])
-    assert command[-2:] == ["--model", model]
+    assert command[-4:] == ["--model", model, "--prediction", "v"]
     assert textinv.main([*command, "--device", "cpu", "--steps", "1", "-n", "1"]) == 0
     assert Path("grid.png").exists()
 

@@ -123,6 +123,29 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, number):
     assert rows[-1].startswith(f"{step},")
 
 
+def test_a_run_that_breaks_within_a_step_keeps_what_was_saved_before(tmp_path):
+    """The vectors already belong to the step that broke, so with them it would be done twice."""
+    out = tmp_path / "cat.safetensors"
+    model = textinv.load_model(device="cpu")
+
+    def states(resume=None, on_gradients=None):
+        options = dict(init_word="plant", placeholder="<cat>", steps=12, batch_size=1, stop="auto")
+        return textinv.train(model, MUSHROOM, **options, resume=resume, on_gradients=on_gradients)
+
+    def broken(loss, gradients):
+        if not gradients:  # the loss on fixed batches, which follows step 10
+            raise KeyboardInterrupt
+
+    run = Run(out, {"steps": 12})
+    with pytest.raises(KeyboardInterrupt):
+        run.follow(states(on_gradients=broken), 4, 0, None)
+    assert textinv.load_concept(out).metadata["steps"] == "8"
+    (*_, last) = states(resume=load_file(tmp_path / "cat.state"))
+    (*_, whole) = states()
+    assert last.step == whole.step == 12
+    assert torch.equal(last.concept.vectors, whole.concept.vectors)
+
+
 def test_a_second_ctrl_c_does_not_wait():
     with interruptible() as asked:
         os.kill(os.getpid(), signal.SIGINT)

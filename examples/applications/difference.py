@@ -8,9 +8,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from models.checkpoint import BUNDLED
-from models.files import open_state, write_file
+from models.files import free_target, open_state, write_file
 from models.latent_diffusion import LatentDiffusion
 
+CONFIGURATION = ("config.json", "vocab.txt")  # of the bundled model, in the checkpoint's folder
 PREFIX = "model.diffusion_model."  # the UNet's keys in LDM's and Stable Diffusion's own files
 
 
@@ -35,15 +36,21 @@ def add_difference(model: LatentDiffusion, path: Path, share: float = 1.0) -> No
         p.data += (share * change.float()).to(p)
 
 
+def check_export(base: str | None, out: Path) -> None:
+    """Raise ValueError if `export` could not write the checkpoint, or would replace a file."""
+    if base is not None and not Path(base).is_file():
+        raise ValueError(f"{base} is no single file; only such a model can be exported")
+    for name in (out.name, *(CONFIGURATION if base is None else ())):
+        free_target(out.with_name(name), overwrite=False)
+
+
 def export(base: str | None, difference: Path, out: Path) -> None:
     """Write the tuned checkpoint as one .safetensors file, in the base's layout and precision. The
     bundled model's configuration is copied beside it."""
-    source = BUNDLED / "model.safetensors" if base is None else Path(base)
-    if source.is_dir():
-        raise ValueError(f"{source} is a folder; only a single file can be exported")
-    state = open_state(source)
+    check_export(base, out)
+    state = open_state(BUNDLED / "model.safetensors" if base is None else base)
     for key, change in open_state(difference).items():
         state[key] = (state[key].float() + change).to(state[key].dtype)
     write_file(out, save({k: v.contiguous() for k, v in state.items()}))
-    for name in ("config.json", "vocab.txt") if base is None else ():
+    for name in CONFIGURATION if base is None else ():
         shutil.copy(BUNDLED / name, out.parent)

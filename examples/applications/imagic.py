@@ -66,6 +66,8 @@ def main(argv=None) -> None:
     parser.add_argument("--word-prompt", default="a photo of a {} in the snow")
     args = parser.parse_args(argv)
     workspace = Workspace.open(args)
+    if workspace.model.family == "sdxl":
+        parser.error("Imagic is not done for SDXL here; take another --model")
     word = workspace.word(args.concept)
     text = args.word_prompt.replace("{}", word.placeholder)
     rows = {f"learnt word, other seeds: {text}": workspace.draw(text, [word], n=len(SHARES))}

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import repository  # noqa: F401
 from common import Workspace, concept_folder, make_parser, sheet
-from difference import add_difference, export, save_difference
+from difference import add_difference, check_export, export, save_difference
 from torch import Tensor
 from tqdm import tqdm
 from tuning import training_batches, tune, weights
@@ -50,6 +50,8 @@ def main(argv=None) -> None:
     parser.add_argument("--layers", default="attn", help="names of weights to tune; '' for all")
     parser.add_argument("--export", type=Path, metavar="FILE", help="also a whole checkpoint")
     args = parser.parse_args(argv)
+    if args.export:
+        check_export(args.model, args.export)  # before an hour of tuning
     workspace = Workspace.open(args)
     model, word = workspace.model, workspace.word(args.concept)
     path = workspace.path("pivotal", f"{Path(args.concept).stem}.safetensors")
