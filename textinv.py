@@ -263,7 +263,7 @@ def training(model, state: State, loss_of, batch_size, progressive, stop, on_gra
         if on_gradients:
             on_gradients(loss, gradients)
         check_finite(step, gradients, parts)
-        word.metadata["steps"] = str(step)  # not the state's until it is yielded: see Run.follow
+        word.metadata["steps"] = str(step)  # first: by it `Run.follow` knows a step that broke
         state.optimizer.step()
         if (norm := word.vectors.detach().norm(dim=1).max().item()) > far:
             said = f"step {step}: the word's norm is {norm:,.0f}, far from all words of the model"

@@ -193,7 +193,7 @@ class Run:
                         break
         finally:
             if state is not None and state.concept.metadata["steps"] == str(state.step):
-                self.save(state)  # not in the middle of the next step, which changes the vectors
+                self.save(state)  # else the vectors are already those of a step that broke
         return state
 
     def save(self, state: State) -> None:

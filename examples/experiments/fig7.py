@@ -1,7 +1,7 @@
 """Figure 7 (section 5.2): every setup of the paper, on every object set, in one chart.
 
     python examples/experiments/fig7.py                 # two hours on two CPU cores
-    python examples/experiments/fig7.py --concepts teddy --setups ours "3 vectors"    # some only
+    python examples/experiments/fig7.py --concepts teddy --setups "3 vectors"    # and "ours"
 
 At the end it writes fig7.csv and fig7.png (needs matplotlib) and prints a table, and what each
 setup changes: the mean of its differences to "ours", set by set, with a 95% confidence interval.
