@@ -490,18 +490,17 @@ def run_invert(args: argparse.Namespace) -> int:
     run.look(args.resume, args.overwrite)  # raises where files of another run would be lost
     warn_of_photographs(paths, args.model is None)  # raises for damaged ones
     model = load_for(args)
-    ids = model.tokenizer.token_ids(args.init_word)
     initial_vectors(model, args.init_word, 1)  # raises for a word that the model does not know
-    if len(ids) > len(args.init_word.split()):
+    if len(model.tokenizer.token_ids(args.init_word)) > len(args.init_word.split()):
         warnings.warn(f"this model spells {args.init_word!r} in pieces; a word it knows is better")
     model.size = args.size or model.size
     model.latent_shape((model.size, model.size))  # raises for a size that does not fit
     pixels = prepare_images(paths, model.size, args.masked)
     options |= training_options(args, model, templates)
-    # What must not change on resuming; for progressive words that includes the number of steps.
-    run.settings = options | dict(progressive=options["steps"] if args.progressive else None)
+    # What must not change on resuming, the model first; for progressive words also the steps.
     run.settings |= dict(model=model.name, fingerprint=model.fingerprint, clip_skip=model.clip_skip)
     run.settings |= dict(prediction=model.schedule.prediction, precision=str(model.dtype))
+    run.settings |= options | dict(progressive=options["steps"] if args.progressive else None)
     run.settings |= dict(pictures=hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:16])
     saved = run.look(args.resume, args.overwrite)
     if args.resume and not saved:
@@ -534,7 +533,7 @@ def learn(args: argparse.Namespace, run: Run, model: LatentDiffusion, pixels, op
     if state.step < steps:
         print(f"converged after {state.step} of {steps} steps")
     draw = ["sample", f"a photo of {placeholder}", "--concept", str(run.out)]
-    if run.out.suffix.lower() == ".pt":  # A1111's: the word is named after its file
+    if load_concept(run.out).placeholder != placeholder:  # A1111's files have no name for a word
         draw += ["--rename", f"{run.out.name}={placeholder}"]
     for name in ("model", "vae", "family", "prediction"):
         draw += [f"--{name}", vars(args)[name]] if vars(args)[name] else []

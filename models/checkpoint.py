@@ -301,8 +301,7 @@ def assemble(
         unet = dict(heads=None, head_width=64) | unet
     vae_sizes = autoencoder_config(parts["autoencoder"], **autoencoder)
     unet_sizes = unet_config(parts["unet"], factor=vae_sizes.factor, **unet)
-    takes, has = unet_sizes.channels, vae_sizes.z_channels
-    if takes != has:
+    if (takes := unet_sizes.channels) != (has := vae_sizes.z_channels):
         found = f"its UNet takes {takes} channels, its latents have {has}"
         raise CheckpointError(f"{found}; inpainting, depth and upscaling models are not supported")
     try:

@@ -293,7 +293,7 @@ def text_lines(path: str | Path) -> list[str]:
         content = Path(path).read_bytes()
         lines = content.decode("utf-16" if b"\0" in content else "utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise OSError(f"not text in UTF-8 or UTF-16 ({error}); save it as UTF-8") from None
+        raise OSError(f"{path}: not text in UTF-8 or UTF-16 ({error}); save it as UTF-8") from None
     return [line for line in lines if line.strip()]
 
 

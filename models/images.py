@@ -6,6 +6,7 @@ picture is transparent. Pictures are never stretched.
 
 import io
 import math
+import os
 import re
 import warnings
 from collections.abc import Sequence
@@ -69,8 +70,8 @@ def opened(path: str | Path):
 
 def fault_of(path: Path) -> str | None:
     """Return why a file is not a picture, or None if Pillow knows its content or its ending."""
-    if path.name.startswith("."):
-        return "not a picture"
+    if re.search(r"^\.|\.(inputs|step-\d+|mask)\.png$", path.name, re.IGNORECASE):
+        return "hidden, written by a run, or a mask (NAME.mask.png) without its picture NAME.jpg"
     try:
         with opened(path) as image:
             image.close()
@@ -153,7 +154,8 @@ def written_templates(choice: str, pictures: Sequence[Path], placeholder: str) -
     [filewords] a picture's caption, else the name of its file without the number in front."""
     if choice == "captions":
         return [read_captions(caption_of(path), placeholder) for path in pictures]
-    single = any(mark in choice for mark in ("{}", "[name]", placeholder))
+    marked = any(mark in choice for mark in ("{}", "[name]", placeholder))
+    single = marked and not os.path.isfile(choice)  # a file's name may hold the word, too
     texts = [with_mark(choice, placeholder)] if single else read_captions(choice, placeholder)
     if not any("[filewords]" in text for text in texts):
         return texts
@@ -183,8 +185,8 @@ def read_captions(path: str | Path, placeholder: str) -> list[str]:
         lines = [with_mark(line, placeholder) for line in text_lines(path)]
     except OSError as error:
         takes = "object, style, captions (cat.txt beside cat.jpg), a file or 'a photo of {}'"
-        message = f"{str(path)!r}: {error.strerror or error}; --templates takes {takes}"
-        raise ValueError(message) from None
+        fault = f"{str(path)!r}: {error.strerror}" if error.strerror else error
+        raise ValueError(f"{fault}; --templates takes {takes}") from None
     for line in lines or [""]:
         if "{}" not in line and "[filewords]" not in line:
             raise ValueError(f"{path}: {line[:60]!r} has no {{}} where the word goes")

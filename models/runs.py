@@ -109,7 +109,7 @@ class Run:
     """The files of one run, beside the word that it learns."""
 
     def __init__(self, out: Path, settings: dict, image_words: bool = False):
-        self.out, self.settings = out, settings
+        self.out, self.settings = out, dict(file=out.name) | settings  # cat.pt shares cat.json
         self.image_words = image_words  # also save the words of single pictures
         self.stem = shortened(out.stem, 200)  # leaves room for the endings
         self.rows: list[dict] = []  # of the .csv
@@ -156,7 +156,8 @@ class Run:
         for key, now in json.loads(json.dumps(self.settings)).items():
             # The model's file may have a new name; the fingerprint identifies the model.
             if began.get(key) != now and key not in ("steps", "model"):
-                differs = f"{path}: the run began with {key} {began.get(key)!r}, now it is {now!r}"
+                then = repr(began.get(key)) + f" of {began.get('model')}" * (key == "fingerprint")
+                differs = f"{path}: the run began with {key} {then}, now it is {now!r}"
                 raise ValueError(f"{differs}; give what it began with, or {ANEW}")
 
     def read_state(self) -> dict[str, Tensor]:
@@ -222,8 +223,7 @@ def table_row(state: State) -> dict[str, str]:
 
 @contextmanager
 def interruptible() -> Iterator[list[int]]:
-    """Make Ctrl-C and SIGTERM only fill the yielded list, so that a loop can end after its current
-    step. A second one stops at once."""
+    """Yield a list that Ctrl-C or SIGTERM fills, to end a loop by; a second one stops at once."""
     asked: list[int] = []
 
     def ask(number, frame):

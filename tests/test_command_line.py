@@ -624,6 +624,12 @@ def test_captions_of_other_trainers(tmp_path):
     assert textinv.read_templates("captions", pictures[1:], "<c>") == [["a {} in 木"]]
     assert textinv.read_templates("my <c>", pictures, "<c>") == ["my {}"]
     assert textinv.read_templates("my [name]", pictures, "<c>") == ["my {}"]
+    (tmp_path / "of <c>.txt").write_text("his {}")
+    assert textinv.read_templates(str(tmp_path / "of <c>.txt"), pictures, "<c>") == ["his {}"]
+    (tmp_path / "b.caption").write_bytes(b"a {} caf\xe9")
+    for choice in ("captions", "{} [filewords]"):
+        with pytest.raises((ValueError, OSError), match=r"b\.caption: not text in UTF-8"):
+            textinv.read_templates(choice, pictures[1:], "<c>")
 
 
 def test_a_norm_far_from_the_tables_is_said_once(tmp_path, capsys):

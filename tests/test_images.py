@@ -61,6 +61,10 @@ def test_folders_skip_what_is_no_picture_and_name_what_is_broken(tmp_path):
     with pytest.warns(UserWarning, match="skipped") as seen:
         assert [p.name for p in textinv.find_images(tmp_path)] == ["a.png"]
     assert len(seen) == 2
+    for name in ("a.inputs.png", "a.step-50.png", "a.mask.PNG", "gone.mask.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    with pytest.warns(UserWarning, match="written by a run, or a mask"):
+        assert [p.name for p in textinv.find_images(tmp_path)] == ["a.png"]
     (tmp_path / "b.jpg").write_bytes(b"no jpeg")
     with pytest.raises(ValueError, match="b.jpg"):
         textinv.prepare_images([tmp_path / "b.jpg"], 8)

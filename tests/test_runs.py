@@ -54,6 +54,8 @@ def test_a_run_takes_no_other_files_place_and_goes_on_only_as_it_began(tmp_path)
     assert json.loads((tmp_path / "cat.json").read_text())["steps"] == 9
     with pytest.raises(ValueError, match="began with lr 1, now it is 2"):
         Run(out, {"lr": 2}).look(resume=True, overwrite=False)
+    with pytest.raises(ValueError, match="began with file 'cat.safetensors', now it is 'cat.pt'"):
+        Run(tmp_path / "cat.pt", {"lr": 1}).look(resume=True, overwrite=False)  # another word
     (tmp_path / "cat.state").write_bytes(b"broken")
     with pytest.raises(ValueError, match="start over"):
         Run(out, {"lr": 1}).look(resume=True, overwrite=False)
