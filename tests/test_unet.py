@@ -56,15 +56,15 @@ def test_output_and_every_block(family):
 
         return hook
 
-    hooks = []
-    for name, module in unet.named_modules():
-        if f"unet.trace.{name}" in g:
-            hooks.append(module.register_forward_hook(record(name)))
     out = unet(g["unet.x"], g["unet.t"], g["unet.context"])
-    for hook in hooks:
-        hook.remove()
-
     assert_close_std(out, g["unet.out"], UNET)
+
+    # In float64: in float32 some processors' own rounding is 8e-5 in a block, 1e-5 in the output.
+    wide = copy.deepcopy(unet).double()
+    for name, module in wide.named_modules():
+        if f"unet.trace.{name}" in g:
+            module.register_forward_hook(record(name))
+    wide(g["unet.x"].double(), g["unet.t"], g["unet.context"].double())
     assert {f"unet.trace.{name}" for name in seen} == {k for k in g if "trace" in k}
     for name, trace in seen.items():
         # Compared in units of the block's own output, entry 1 of the trace.
