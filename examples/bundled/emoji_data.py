@@ -109,11 +109,15 @@ def split_names(text: str) -> dict[str, str]:
     return {w[:-1]: w[-1] for w in words}
 
 
-def load_sprite(folder: Path, vendor: str, emoji: str) -> Tensor:
-    """One drawing as premultiplied RGBA (4, 64, 64) in [0, 1]."""
+def find_sprite(folder: Path, vendor: str, emoji: str) -> Path | None:
     code = f"{ord(emoji):04x}"
     paths = [folder / VENDORS[vendor].format(c) for c in (code, f"{code}-fe0f")]
-    image = Image.open(next(p for p in paths if p.exists())).convert("RGBA")
+    return next((p for p in paths if p.exists()), None)
+
+
+def load_sprite(folder: Path, vendor: str, emoji: str) -> Tensor:
+    """One drawing as premultiplied RGBA (4, 64, 64) in [0, 1]."""
+    image = Image.open(find_sprite(folder, vendor, emoji)).convert("RGBA")
     if image.width > SIZE:  # the 3D set has wide margins
         image = image.crop((12, 12, 244, 244)).resize((SIZE, SIZE), Image.Resampling.BOX)
     rgba = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255
@@ -276,22 +280,26 @@ FILTERS = {"photo": None, "painting": paint, "sketch": pencil, "pixel": pixelate
 # --------------------------------------------------------------------------------------- scenes
 
 
-def caption(rng: random.Random, name: str, style: str, place: str, medium: str, scale: float):
-    """One sentence for a scene; `style` is the vendor's name, or "" to leave it out. Words of the
-    paper's templates are used with their meaning where a picture can show it (small, large) and at
-    random where it cannot (nice, cool, ...)."""
+def with_article(rng: random.Random, name: str, scale: float) -> str:
+    """A thing as captions name it. Words of the paper's templates are used with their meaning where
+    a picture can show it (small, large) and at random where it cannot (nice, cool, ...)."""
     adjective = rng.choice(["", "", "", "", "nice ", "cool ", "weird ", "clean ", "dirty "])
     if rng.random() < 0.3:
         adjective = "large " if scale > 0.98 else "small " if scale < 0.84 else adjective
     article = rng.choice(["a", "a", "a", "the", "my", "one"])
     if article == "a" and (adjective or name)[0] in "aeiou":
         article = "an"
+    return f"{article} {adjective}{name}"
+
+
+def caption(rng: random.Random, thing: str, style: str, place: str, medium: str) -> str:
+    """One sentence for a scene; `style` is the vendor's name, or "" to leave it out."""
     noun = rng.choice(MEDIA[medium])
     if medium == "photo" and rng.random() < 0.3:
         noun = rng.choice(["good", "bright", "dark", "cropped", "close-up"]) + " " + noun
-    text = f"{rng.choice(['a', 'a', 'the'])} {noun} of {article} {adjective}{name}"
+    text = f"{rng.choice(['a', 'a', 'the'])} {noun} of {thing}"
     if medium == "photo" and rng.random() < 0.15:
-        text = f"{article} {adjective}{name}"
+        text = thing
     if style:
         text += rng.choice([f" in {style} style", f" in the style of {style}"])
     return f"{text} {place}" if rng.random() < 0.85 else text
@@ -320,49 +328,72 @@ def plain(color: str, down: float, right: float, tint: Tensor) -> Tensor:
     )
 
 
-def compose(sprites: Tensor, bank: Tensor, names: list[str], coarse: list[str], n: int, seed: int):
-    """n random scenes: pictures (n, 3, 64, 64) in [0, 1], captions, (name, place, medium), and
-    how much of each pixel is the thing's (n, 64, 64)."""
-    rng = random.Random(seed)
-    g = torch.Generator().manual_seed(seed)
-    who = torch.randint(len(names), (n,), generator=g)
+def draw_vendors(n: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Who drew each of n things, and whether the captions say so."""
     styled = torch.rand(n, generator=g) < STYLED
     odds = torch.where(styled[:, None], 1.0, torch.tensor(VENDOR_ODDS))
-    vendor = odds.multinomial(1, generator=g)[:, 0]
+    return odds.multinomial(1, generator=g)[:, 0], styled
+
+
+def draw_poses(n: int, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scale, angle, mirror and shift of n things, for `placed`."""
     scale = 0.78 + 0.26 * torch.rand(n, generator=g)
     angle = 0.07 * torch.randn(n, generator=g).clamp(-2, 2)
     mirror = (torch.rand(n, generator=g) < 0.7).float() * 2 - 1
     room = (1.08 - scale).clamp(min=0.05)
     shift = (torch.rand(n, 2, generator=g) * 2 - 1) * room[:, None]
     shift[:, 1] = shift[:, 1].abs() * 0.7 - 0.2 * room  # rather low: things stand on the ground
+    return scale, angle, mirror, shift
 
-    layer = placed(sprites[who, vendor], scale, angle, mirror, shift)
-    kinds = list(SCENES) + list(COLORS)
+
+def draw_places(n: int, rng: random.Random) -> tuple[list[str], list[str]]:
+    """Places (scenes or colours) and media of n pictures."""
     odds = [1 / len(SCENES)] * len(SCENES) + [0.8 / len(COLORS)] * len(COLORS)
-    places = rng.choices(kinds, odds, k=n)
-    media = rng.choices(list(MEDIA), MEDIA_ODDS, k=n)
-    pictures, captions = [], []
-    for i, place in enumerate(places):
-        if place in SCENES:
-            back = bank[kinds.index(place), rng.randrange(bank.shape[1])]
-            back = back.flip(-1) if rng.random() < 0.5 else back
-            where = SCENES[place]
-        else:
-            tilt = rng.uniform(-0.06, 0.06), rng.uniform(-0.06, 0.06)
-            back = plain(place, *tilt, 0.03 * torch.randn(3, 1, 1, generator=g))
-            where = f"on a {place} background".replace("a orange", "an orange")
-        pictures.append(back.clamp(0, 1))
-        name = names[who[i]] if rng.random() < 0.93 else coarse[who[i]]
-        style = list(VENDORS)[vendor[i]] if styled[i] else ""
-        captions.append(caption(rng, name, style, where, media[i], float(scale[i])))
+    return rng.choices([*SCENES, *COLORS], odds, k=n), rng.choices([*MEDIA], MEDIA_ODDS, k=n)
 
-    pictures = torch.stack(pictures) * (1 - layer[:, 3:]) + layer[:, :3]
+
+def background(place: str, bank: Tensor, rng: random.Random, g: torch.Generator):
+    """A background (3, 64, 64) of a place, and what captions say about it."""
+    if place in SCENES:
+        back = bank[list(SCENES).index(place), rng.randrange(bank.shape[1])]
+        back = back.flip(-1) if rng.random() < 0.5 else back
+        return back.clamp(0, 1), SCENES[place]
+    tilt = rng.uniform(-0.06, 0.06), rng.uniform(-0.06, 0.06)
+    back = plain(place, *tilt, 0.03 * torch.randn(3, 1, 1, generator=g))
+    return back.clamp(0, 1), f"on a {place} background".replace("a orange", "an orange")
+
+
+def apply_media(pictures: Tensor, media: list[str]) -> Tensor:
+    """Pictures (n, 3, 64, 64) drawn in their media."""
+    pictures = pictures.clone()
     for medium, apply in FILTERS.items():
         rows = [i for i, m in enumerate(media) if m == medium]
         if apply and rows:
             pictures[rows] = apply(pictures[rows])
+    return pictures.clamp(0, 1)
+
+
+def compose(sprites: Tensor, bank: Tensor, names: list[str], coarse: list[str], n: int, seed: int):
+    """n random scenes: pictures (n, 3, 64, 64) in [0, 1], captions, (name, place, medium), and
+    how much of each pixel is the thing's (n, 64, 64)."""
+    rng = random.Random(seed)
+    g = torch.Generator().manual_seed(seed)
+    who = torch.randint(len(names), (n,), generator=g)
+    vendor, styled = draw_vendors(n, g)
+    scale, *pose = draw_poses(n, g)
+    layer = placed(sprites[who, vendor], scale, *pose)
+    places, media = draw_places(n, rng)
+    backs, captions = [], []
+    for i, place in enumerate(places):
+        back, where = background(place, bank, rng, g)
+        backs.append(back)
+        name = names[who[i]] if rng.random() < 0.93 else coarse[who[i]]
+        style = list(VENDORS)[vendor[i]] if styled[i] else ""
+        thing = with_article(rng, name, float(scale[i]))
+        captions.append(caption(rng, thing, style, where, media[i]))
+    pictures = torch.stack(backs) * (1 - layer[:, 3:]) + layer[:, :3]
     facts = [(names[w], p, m) for w, p, m in zip(who, places, media)]
-    return pictures.clamp(0, 1), captions, facts, layer[:, 3]
+    return apply_media(pictures, media), captions, facts, layer[:, 3]
 
 
 class Scenes:

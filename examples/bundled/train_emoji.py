@@ -9,6 +9,12 @@ SPRITES is the folder of emoji_data.py; WORK keeps checkpoints, from which every
 when it is started again. `export` writes models/emoji. To train the bundled weights further, begin
 with `import`, its reverse, and go on with `diffusion`. All of it runs on two CPU cores.
 
+With `--recipe dense`, more than half of the things have no name in their captions but a private
+word: a small network, the word encoder, looks at the drawing and returns a vector in the place of a
+token's. So text encoder and UNet learn to read a space of words that is dense, in which new words
+can be found later. The word encoder is not exported. This recipe is an experiment (README.md); the
+bundled weights were trained without it.
+
 What makes hours of CPU enough: scenes are encoded once and trained on as latents, matrices are
 stepped by Muon (Jordan et al. 2024), which needs several times fewer pictures than AdamW here,
 the UNet predicts v (Salimans & Ho 2022) with little weight on the weakest noise, the thing in a
@@ -21,6 +27,7 @@ import contextlib
 import json
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,6 +39,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from dense_data import PRIVATE, DenseScenes  # noqa: E402
 from emoji_data import Scenes, words  # noqa: E402
 
 from models.autoencoder import Autoencoder, AutoencoderConfig  # noqa: E402
@@ -49,19 +57,45 @@ from models.schedule import Schedule  # noqa: E402
 from models.tokenizers import WordPieceTokenizer  # noqa: E402
 from models.unet import UNet, UNetConfig  # noqa: E402
 
-AUTOENCODER = AutoencoderConfig(widths=(16, 32, 64), num_res_blocks=1, norm_groups=4)
 MAX_LENGTH = 24
+CONTEXT_DIM = 192
 PREDICTION = "v"  # holds the shapes, which are decided in strong noise, better than eps does
-UNET = UNetConfig(
-    widths=(48, 96, 160),
-    num_res_blocks=1,
-    depths=(0, 1, 1),
-    context_dim=192,
-    heads=4,
-    norm_groups=8,
-)
 SCALE = 0.18215  # of every LDM latent; the autoencoder is rescaled so that it fits
-CACHED = 65536  # scenes encoded once for the diffusion stage
+GROUPS, AUTOENCODER_GROUPS, HEADS = 8, 4, 4
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What scenes to train on, and how large the networks are."""
+
+    scenes: type[Scenes]
+    autoencoder_widths: tuple[int, ...]
+    unet_widths: tuple[int, ...]
+    cached: int  # scenes encoded once for the diffusion stage
+    batch: int  # scenes per step of the diffusion stage
+
+    @property
+    def autoencoder(self) -> AutoencoderConfig:
+        return AutoencoderConfig(
+            self.autoencoder_widths, num_res_blocks=1, norm_groups=AUTOENCODER_GROUPS
+        )
+
+    @property
+    def unet(self) -> UNetConfig:
+        return UNetConfig(
+            widths=self.unet_widths,
+            num_res_blocks=1,
+            depths=(0, 1, 1),
+            context_dim=CONTEXT_DIM,
+            heads=HEADS,
+            norm_groups=GROUPS,
+        )
+
+
+RECIPES = {
+    "bundled": Recipe(Scenes, (16, 32, 64), (48, 96, 160), cached=65536, batch=96),
+    "dense": Recipe(DenseScenes, (32, 64, 128), (48, 96, 224), cached=131072, batch=128),
+}
 
 
 def vocabulary() -> list[str]:
@@ -189,25 +223,26 @@ class Trainer:
 # --------------------------------------------------------------------------------------- stages
 
 
-def train_autoencoder(scenes: Scenes, work: Path, minutes: float) -> None:
+def train_autoencoder(scenes: Scenes, work: Path, minutes: float, recipe: Recipe) -> None:
     """L1 + L1 of the gradients + KL at 1e-3, on crops of 32 pixels (everything here is local)."""
-    model = Autoencoder(AUTOENCODER)
+    model = Autoencoder(recipe.autoencoder).to(memory_format=torch.channels_last)
     with torch.no_grad():  # a posterior that starts narrow lets the decoder see something
         model.quant_conv.bias[4:] = -5
         model.quant_conv.weight[4:] *= 0.1
     trainer = Trainer(model, work / "autoencoder.pt", minutes, lr=4e-3, decay=0.995)
     while trainer.done < 1:
         pool = scenes.batch(512, trainer.step)[0] * 2 - 1
-        for x in pool.split(8):
+        for x in pool.split(16):
             i, j = torch.randint(0, 33, (2,)).tolist()
-            x = x[..., i : i + 32, j : j + 32].contiguous()
-            mean, std = model.encode(x)
-            y = model.decode(mean + std * torch.randn_like(std))
+            x = x[..., i : i + 32, j : j + 32].contiguous(memory_format=torch.channels_last)
+            with fast_cpu():
+                mean, std = (part.float() for part in model.encode(x))
+                y = model.decode(mean + std * torch.randn_like(std)).float()
             edges = sum((a - b).abs().mean() for a, b in zip(gradients(x), gradients(y)))
             kl = 0.5 * (mean**2 + std**2 - 1 - 2 * std.log()).mean()
             loss = (x - y).abs().mean()
             trainer.update(loss + edges + 1e-3 * kl)
-            trainer.report(f"L1 {loss.item():.4f}  edges {edges.item():.4f}", 8)
+            trainer.report(f"L1 {loss.item():.4f}  edges {edges.item():.4f}", 16)
 
 
 def gradients(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -215,13 +250,13 @@ def gradients(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def load_autoencoder(scenes: Scenes, work: Path) -> Autoencoder:
+def load_autoencoder(scenes: Scenes, work: Path, recipe: Recipe) -> Autoencoder:
     """The averaged autoencoder, its latents shifted and scaled so that SCALE * z is standard.
 
     That goes into the 1x1 convolutions beside the latents, so the model needs no number of its
     own where LDM and Stable Diffusion have 0.18215.
     """
-    model = Autoencoder(AUTOENCODER)
+    model = Autoencoder(recipe.autoencoder)
     saved = torch.load(work / "autoencoder.pt", weights_only=True)
     model.load_state_dict(saved["ema"])
     if saved.get("scaled"):  # imported
@@ -239,44 +274,98 @@ def load_autoencoder(scenes: Scenes, work: Path) -> Autoencoder:
 
 
 @torch.no_grad()
-def cache_latents(scenes: Scenes, work: Path, tokenizer: WordPieceTokenizer) -> dict[str, Tensor]:
-    """Means and deviations of the scaled latents of CACHED scenes, the captions' ids, and how much
-    of each latent pixel is the thing's."""
-    path = work / "latents.pt"
+def cache_scenes(
+    scenes: Scenes, work: Path, recipe: Recipe, tokenizer: WordPieceTokenizer
+) -> dict[str, Tensor]:
+    """The scenes as the diffusion stage reads them: means and deviations of the scaled latents,
+    the captions' ids, how much of each latent pixel is the things', and what stands behind private
+    words: the drawings, and in `example` the row of `examples` with another picture in the style
+    (-1: no style)."""
+    path = work / "scenes.pt"
     if path.exists():
         return torch.load(path, weights_only=True)
-    model, rows = load_autoencoder(scenes, work), {"mean": [], "std": [], "ids": [], "thing": []}
-    for seed in range(0, CACHED, 512):
-        pictures, captions, _, alpha = scenes.batch(512, 10_000_000 + seed)
-        rows["thing"].append(F.avg_pool2d(alpha, 4))
-        for part in (pictures * 2 - 1).split(32):
-            mean, std = model.encode(part)
-            rows["mean"].append(mean * SCALE)
-            rows["std"].append(std * SCALE)
-        rows["ids"].append(torch.tensor([tokenizer.pad(tokenizer.encode(c)) for c in captions]))
-    cache = {k: torch.cat(v) for k, v in rows.items()}
+    model = load_autoencoder(scenes, work, recipe)
+    rows = {key: [] for key in ("mean", "std", "ids", "thing", "drawings", "example")}
+    examples = []
+    for seed in range(0, recipe.cached, 512):
+        pictures, captions, facts, alpha = scenes.batch(512, 10_000_000 + seed)
+        ids = [tokenizer.pad(tokenizer.encode(caption)) for caption in captions]
+        rows["ids"].append(torch.tensor(ids))
+        rows["thing"].append(F.avg_pool2d(alpha, 4).half())
+        for part in (pictures * 2 - 1).split(64):
+            with fast_cpu():
+                mean, std = model.encode(part)
+            rows["mean"].append((mean.float() * SCALE).half())
+            rows["std"].append((std.float() * SCALE).half())
+        for drawings, example in facts if recipe.scenes is DenseScenes else ():
+            rows["drawings"].append(drawings[None])
+            rows["example"].append(torch.tensor([-1 if example is None else len(examples)]))
+            examples += [] if example is None else [(example * 255).round().byte()]
+    cache = {key: torch.cat(parts) for key, parts in rows.items() if parts}
+    if examples:
+        cache["examples"] = torch.stack(examples)
     torch.save(cache, path)
     return cache
 
 
-def train_diffusion(scenes: Scenes, work: Path, minutes: float, batch: int = 96) -> None:
+class WordEncoder(nn.Module):
+    """A word for a drawing (RGBA) or for a style (a picture in it), (n, channels, 64, 64) to
+    (n, 192): a vector for the place of a token's.
+
+    All words have the same length, and noise is added to each in training, so that words near by
+    draw things that look alike.
+    """
+
+    LENGTH, NOISE = 2.0, 0.15
+
+    def __init__(self, channels: int):
+        super().__init__()
+        layers, width = [], channels
+        for wider in (32, 64, 128, 192):
+            conv = nn.Conv2d(width, wider, 4, stride=2, padding=1)
+            layers += [conv, nn.GroupNorm(8, wider), nn.SiLU()]
+            width = wider
+        self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(192 * 4 * 4, CONTEXT_DIM))
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        word = F.normalize(self.layers(pictures).float(), dim=1)
+        noise = torch.randn_like(word) / word.shape[1] ** 0.5
+        return self.LENGTH * (word + self.NOISE * noise)
+
+
+def private_words(
+    encoders: nn.ModuleDict, scenes: Scenes, cache: dict, rows: Tensor, first_id: int
+) -> Tensor:
+    """The vectors (n, 3, 192) of the words PRIVATE, of the ids from `first_id` on, in the captions
+    of these scenes; zeros where a caption has no such word."""
+    words = torch.zeros(len(rows), len(PRIVATE), CONTEXT_DIM)
+    for k, name in enumerate(("thing", "thing", "style")):
+        used = (cache["ids"][rows] == first_id + k).any(1).nonzero()[:, 0]
+        if not len(used):
+            continue
+        if name == "thing":
+            pictures = scenes.sprite(cache["drawings"][rows[used], k])
+        else:
+            pictures = cache["examples"][cache["example"][rows[used]]] / 255
+        words[used, k] = encoders[name](pictures)
+    return words
+
+
+def embed(table: Tensor, ids: Tensor, private: Tensor) -> Tensor:
+    """Token vectors (n, L, 192) of ids (n, L): rows of the table, or beyond it private words."""
+    new = ids - len(table)
+    picked = private.gather(1, new.clamp(min=0)[..., None].expand(-1, -1, private.shape[2]))
+    return torch.where(new[..., None] >= 0, picked, table[ids.clamp(max=len(table) - 1)])
+
+
+def train_diffusion(scenes: Scenes, work: Path, minutes: float, recipe: Recipe) -> None:
     vocab = vocabulary()
-    tokenizer = WordPieceTokenizer(vocab, MAX_LENGTH)
-    cache = cache_latents(scenes, work, tokenizer)
+    tokenizer = WordPieceTokenizer([*vocab, *PRIVATE], MAX_LENGTH)
+    cache, batch = cache_scenes(scenes, work, recipe, tokenizer), recipe.batch
     empty = torch.tensor(tokenizer.pad(tokenizer.encode("")))
     torch.manual_seed(0)
-    text = BertTextEncoder(BertConfig(192, 2, len(vocab), MAX_LENGTH))
-    nn.init.normal_(text.transformer.token_emb.weight, std=0.02)
-    nn.init.normal_(text.transformer.pos_emb.emb.weight, std=0.02)
-    unet = UNet(UNET)
-    nn.init.zeros_(unet.out[2].weight)
-    for block in unet.modules():  # residual branches start at nothing
-        if hasattr(block, "out_layers"):
-            nn.init.zeros_(block.out_layers[3].weight)
-        if hasattr(block, "proj_out"):
-            nn.init.zeros_(block.proj_out.weight)
-    unet.to(memory_format=torch.channels_last)
-    modules = nn.ModuleDict({"text": text, "unet": unet})
+    modules = networks(len(vocab), recipe)
+    text, unet = modules["text"], modules["unet"]
     trainer = Trainer(modules, work / "diffusion.pt", minutes, lr=3e-3, decay=0.9985)
     torch.manual_seed(trainer.step)
     schedule = Schedule(0.00085, 0.012, PREDICTION)
@@ -288,11 +377,15 @@ def train_diffusion(scenes: Scenes, work: Path, minutes: float, batch: int = 96)
         x_0 = cache["mean"][rows] + cache["std"][rows] * torch.randn(batch, 4, 16, 16)
         ids = cache["ids"][rows]
         ids[torch.rand(batch) < 0.1] = empty
-        t = ((torch.arange(batch) + torch.rand(batch)) * (1000 / batch)).long()  # stratified
+        t = ((torch.arange(batch) + torch.rand(batch)) * (1000 / batch)).long().clamp(max=999)
         noise = torch.randn_like(x_0)
         x_t, target = schedule.q_sample(x_0, t, noise), schedule.target(x_0, t, noise)
         with fast_cpu():
-            prediction = unet(x_t, t, text(text.token_table[ids])).float()
+            private = torch.zeros(batch, len(PRIVATE), CONTEXT_DIM)
+            if recipe.scenes is DenseScenes:
+                private = private_words(modules["words"], scenes, cache, rows, len(vocab))
+            context = text(embed(text.token_table, ids, private))
+            prediction = unet(x_t, t, context).float()
         error = ((prediction - target) ** 2).mean(1)
         # What can be learnt lies in the thing; the background's ripples and stars are chance.
         importance = 0.5 + cache["thing"][rows]
@@ -302,16 +395,36 @@ def train_diffusion(scenes: Scenes, work: Path, minutes: float, batch: int = 96)
         trainer.report(f"v error {average:.4f}", batch)
 
 
+def networks(vocab_size: int, recipe: Recipe) -> nn.ModuleDict:
+    """Text encoder, UNet and word encoders before the first step."""
+    text = BertTextEncoder(BertConfig(CONTEXT_DIM, 2, vocab_size, MAX_LENGTH))
+    nn.init.normal_(text.transformer.token_emb.weight, std=0.1)
+    nn.init.normal_(text.transformer.pos_emb.emb.weight, std=0.02)
+    unet = UNet(recipe.unet)
+    nn.init.zeros_(unet.out[2].weight)
+    for block in unet.modules():  # residual branches start at nothing
+        if hasattr(block, "out_layers"):
+            nn.init.zeros_(block.out_layers[3].weight)
+        if hasattr(block, "proj_out"):
+            nn.init.zeros_(block.proj_out.weight)
+    unet.to(memory_format=torch.channels_last)
+    modules = nn.ModuleDict({"text": text, "unet": unet})
+    if recipe.scenes is DenseScenes:
+        modules["words"] = nn.ModuleDict({"thing": WordEncoder(4), "style": WordEncoder(3)})
+    return modules
+
+
 @contextlib.contextmanager
 def fast_cpu():
     """bfloat16 where the processor multiplies it (2.4 times as fast), plain attention (flash
     attention's backward is slow in bfloat16)."""
     native = torch.cpu._is_avx512_bf16_supported()
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # on processors, too
     with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16, enabled=native):
         yield
 
 
-def train_clip(scenes: Scenes, work: Path, minutes: float, batch: int = 128) -> None:
+def train_clip(scenes: Scenes, work: Path, minutes: float, recipe: Recipe, batch: int = 128):
     """Radford et al. 2021: within a batch, each picture finds its caption and each caption its
     picture. For evaluation only; the diffusion model never sees it."""
     tokenizer = WordPieceTokenizer(vocabulary(), MAX_LENGTH)
@@ -347,7 +460,7 @@ def clip_config(tokenizer: WordPieceTokenizer) -> CLIPConfig:
     )
 
 
-def export(scenes: Scenes, work: Path, minutes: float) -> None:
+def export(scenes: Scenes, work: Path, minutes: float, recipe: Recipe) -> None:
     """Write models/emoji: averaged weights in fp16 under LDM's key names, vocabulary, settings."""
     target = ROOT / "models" / "emoji"
     target.mkdir(exist_ok=True)
@@ -355,15 +468,16 @@ def export(scenes: Scenes, work: Path, minutes: float) -> None:
     prefixes = {"text.": "cond_stage_model.", "unet.": "model.diffusion_model."}
     weights = {}
     for key, tensor in ema.items():
-        old = next(p for p in prefixes if key.startswith(p))
-        weights[prefixes[old] + key.removeprefix(old)] = tensor
-    for key, tensor in load_autoencoder(scenes, work).state_dict().items():
+        for old, new in prefixes.items():
+            if key.startswith(old):
+                weights[new + key.removeprefix(old)] = tensor
+    for key, tensor in load_autoencoder(scenes, work, recipe).state_dict().items():
         weights["first_stage_model." + key] = tensor
     half = {k: v.half().contiguous() for k, v in weights.items()}
     save_file(half, target / "model.safetensors")
     (target / "vocab.txt").write_text("".join(f"{w}\n" for w in vocabulary()))
-    settings = dict(name="emoji", size=64, norm_groups=[UNET.norm_groups, AUTOENCODER.norm_groups])
-    settings |= dict(heads=UNET.heads, prediction=PREDICTION)
+    settings = dict(name="emoji", size=64, norm_groups=[GROUPS, AUTOENCODER_GROUPS])
+    settings |= dict(heads=HEADS, prediction=PREDICTION)
     settings["defaults"] = dict(steps=600, batch_size=8, lr=0.0025, guidance_scale=3.0)
     settings["nouns"] = [*dict.fromkeys([*scenes.coarse, *scenes.names])]
     (target / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
@@ -372,12 +486,13 @@ def export(scenes: Scenes, work: Path, minutes: float) -> None:
         save_file({k: v.half().contiguous() for k, v in ema.items()}, target / "clip.safetensors")
 
 
-def import_bundled(scenes: Scenes, work: Path, minutes: float) -> None:
+def import_bundled(scenes: Scenes, work: Path, minutes: float, recipe: Recipe) -> None:
     """Checkpoints in WORK that start from models/emoji, without the optimizers' state."""
     model = load_model(device="cpu")
     torch.save({"ema": model.autoencoder.state_dict(), "scaled": True}, work / "autoencoder.pt")
-    parts = {"text": model.text_encoder, "unet": model.unet}
-    state = nn.ModuleDict(parts).state_dict()
+    modules = networks(model.tokenizer.vocab_size, recipe)
+    modules["text"], modules["unet"] = model.text_encoder, model.unet
+    state = modules.state_dict()  # the word encoders, which are not exported, start anew
     state = {"model": state, "ema": state, "step": 0, "used": 0.0, "optimizers": []}
     torch.save(state, work / "diffusion.pt")
 
@@ -397,9 +512,12 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--recipe", choices=RECIPES, default="bundled")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    STAGES[args.stage](Scenes(args.sprites), args.work, args.minutes)
+    recipe = RECIPES[args.recipe]
+    kind = Scenes if args.stage == "clip" else recipe.scenes  # CLIP judges by names
+    STAGES[args.stage](kind(args.sprites), args.work, args.minutes, recipe)
 
 
 if __name__ == "__main__":
