@@ -39,7 +39,7 @@ PRIVATE_SHARE, PAIR_SHARE, STYLE_SHARE = 0.55, 0.15, 0.1  # of things, of scenes
 # Private words, in place of a name of the first and the second thing, and of a style.
 PRIVATE = ("private0", "private1", "private2")
 
-# Drawings that look much like one of these. They are never trained on either.
+# Drawings that look much like a held-out thing. They are never trained on either.
 ALIKE = "🐉🦖🌸💮🏵🪷💠🍨🍧👠🩴🦢🦡🪳🪿🎎"
 
 PEOPLE_AND_SIGNS = (
