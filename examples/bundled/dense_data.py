@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from emoji_data import (
     HELD_OUT,
     MEDIA,
@@ -30,6 +29,8 @@ from emoji_data import (
     find_sprite,
     load_sprites,
     luma,
+    name_of,
+    outlines,
     placed,
     with_article,
 )
@@ -69,14 +70,6 @@ def unnamed(folder: Path) -> dict[str, str]:
 
 
 # --------------------------------------------------------------------------------------- styles
-
-
-def outlines(x: Tensor) -> Tensor:
-    """How much the colours change at each pixel, (n, 1, 64, 64)."""
-    slope = x.new_tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]]) / 4
-    kernels = torch.stack([slope, slope.T])[:, None].repeat(3, 1, 1, 1)
-    edges = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), kernels, groups=3)  # (n, 6, 64, 64)
-    return edges.unflatten(1, (3, 2)).norm(dim=2).amax(1, keepdim=True)
 
 
 class Style:
@@ -198,12 +191,6 @@ class DenseScenes(Scenes):
         second = second * pair[:, None, None, None]
         return second * (1 - first[:, 3:]) + first, scales[0]  # premultiplied: first over second
 
-    def name(self, rng: random.Random, things: Things, i: int, word: str) -> str:
-        if things.private[i]:
-            return word
-        names = self.names if rng.random() < 0.93 else self.coarse
-        return names[things.number[i]]
-
     def batch(self, n: int, seed: int):
         """n random scenes: pictures (n, 3, 64, 64), captions, facts, and how much of each pixel is
         the things' (n, 64, 64). Facts are what stands behind private words: the drawings (2, 3) of
@@ -219,7 +206,10 @@ class DenseScenes(Scenes):
             back, where = background(place, self.bank, rng, g)
             backs.append(back)
             shown = both if pair[i] else both[:1]
-            names = [self.name(rng, t, i, word) for t, word in zip(shown, PRIVATE)]
+            names = [
+                word if t.private[i] else name_of(rng, self.names, self.coarse, t.number[i])
+                for t, word in zip(shown, PRIVATE)
+            ]
             size = 0.9 if pair[i] else float(scale[i])  # a pair is neither small nor large
             text = (" on " if upon[i] else " and ").join(with_article(rng, m, size) for m in names)
             if rng.random() < STYLE_SHARE:

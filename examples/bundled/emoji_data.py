@@ -274,10 +274,23 @@ def grayscale(x: Tensor) -> Tensor:
     return ((luma(x) - 0.5) * 1.15 + 0.5).clamp(0, 1).expand(-1, 3, -1, -1)
 
 
+def outlines(x: Tensor) -> Tensor:
+    """How much the colours of x (n, 3, 64, 64) change at each pixel, (n, 1, 64, 64)."""
+    slope = x.new_tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]]) / 4
+    kernels = torch.stack([slope, slope.T])[:, None]
+    channels = F.pad(x.flatten(0, 1)[:, None], (1, 1, 1, 1), mode="replicate")
+    return F.conv2d(channels, kernels).norm(dim=1).unflatten(0, (-1, 3)).amax(1, keepdim=True)
+
+
 FILTERS = {"photo": None, "painting": paint, "sketch": pencil, "pixel": pixelate, "gray": grayscale}
 
 
 # --------------------------------------------------------------------------------------- scenes
+
+
+def name_of(rng: random.Random, names: list[str], coarse: list[str], number: int) -> str:
+    """What captions call a thing: its name, now and then the coarse word for it."""
+    return (names if rng.random() < 0.93 else coarse)[number]
 
 
 def with_article(rng: random.Random, name: str, scale: float) -> str:
@@ -387,7 +400,7 @@ def compose(sprites: Tensor, bank: Tensor, names: list[str], coarse: list[str], 
     for i, place in enumerate(places):
         back, where = background(place, bank, rng, g)
         backs.append(back)
-        name = names[who[i]] if rng.random() < 0.93 else coarse[who[i]]
+        name = name_of(rng, names, coarse, who[i])
         style = list(VENDORS)[vendor[i]] if styled[i] else ""
         thing = with_article(rng, name, float(scale[i]))
         captions.append(caption(rng, thing, style, where, media[i]))

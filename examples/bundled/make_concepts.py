@@ -13,13 +13,13 @@ import json
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from emoji_data import (
     HELD_OUT,
     SCENES,
     SIZE,
     TRAINED,
     load_sprite,
+    outlines,
     placed,
     plain,
     scene_bank,
@@ -65,10 +65,7 @@ def photo(sprite: Tensor, bank: Tensor, pose: dict) -> Tensor:
 
 def blueprint(x: Tensor) -> Tensor:
     """Return white contours, wherever a colour changes, on deep blue paper with a faint grid."""
-    slope = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]]) / 4
-    kernels = torch.stack([slope, slope.T])[:, None]
-    edges = F.conv2d(F.pad(x[:, None], (1, 1, 1, 1), mode="replicate"), kernels)
-    lines = (edges.norm(dim=1).amax(0) * 2.5 - 0.35).clamp(0, 1)
+    lines = (outlines(x[None])[0, 0] * 2.5 - 0.35).clamp(0, 1)
     on_grid = torch.arange(SIZE) % 8 == 3
     grid = 0.16 * (on_grid[:, None] | on_grid).float()
     paper = torch.tensor([0.08, 0.22, 0.55]).view(3, 1, 1)

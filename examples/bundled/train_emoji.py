@@ -381,9 +381,7 @@ def train_diffusion(scenes: Scenes, work: Path, minutes: float, recipe: Recipe) 
         noise = torch.randn_like(x_0)
         x_t, target = schedule.q_sample(x_0, t, noise), schedule.target(x_0, t, noise)
         with fast_cpu():
-            private = torch.zeros(batch, len(PRIVATE), CONTEXT_DIM)
-            if recipe.scenes is DenseScenes:
-                private = private_words(modules["words"], scenes, cache, rows, len(vocab))
+            private = private_words(modules["words"], scenes, cache, rows, len(vocab))
             context = text(embed(text.token_table, ids, private))
             prediction = unet(x_t, t, context).float()
         error = ((prediction - target) ** 2).mean(1)
@@ -408,10 +406,9 @@ def networks(vocab_size: int, recipe: Recipe) -> nn.ModuleDict:
         if hasattr(block, "proj_out"):
             nn.init.zeros_(block.proj_out.weight)
     unet.to(memory_format=torch.channels_last)
-    modules = nn.ModuleDict({"text": text, "unet": unet})
-    if recipe.scenes is DenseScenes:
-        modules["words"] = nn.ModuleDict({"thing": WordEncoder(4), "style": WordEncoder(3)})
-    return modules
+    dense = recipe.scenes is DenseScenes  # else no caption has a private word
+    encoders = {"thing": WordEncoder(4), "style": WordEncoder(3)} if dense else {}
+    return nn.ModuleDict({"text": text, "unet": unet, "words": nn.ModuleDict(encoders)})
 
 
 @contextlib.contextmanager
