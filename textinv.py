@@ -312,10 +312,8 @@ def check_setup(vectors, weight_decay, regularize, progressive, stop, seed) -> N
     check_range(0, weight_decay=weight_decay, regularize=regularize, seed=seed)
     if stop not in STOPS:
         raise ValueError(f"stop {stop!r} is not known; use {', '.join(STOPS)}")
-    if progressive and vectors != 3:
-        raise ValueError(f"progressive training ends with 3 vectors, not with {vectors}")
-    if progressive and stop != "never":
-        raise ValueError(f"progressive training cannot end by stop {stop!r}; leave that out")
+    if progressive and (vectors, stop) != (3, "never"):
+        raise ValueError(f"progressive training has 3 vectors, stop never; given {vectors}, {stop}")
 
 
 def hyperparameters(model: LatentDiffusion | None, steps, batch_size, lr) -> tuple[int, int, float]:

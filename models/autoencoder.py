@@ -50,8 +50,7 @@ class AttnBlock(nn.Module):
     def __init__(self, channels: int, groups: int):
         super().__init__()
         self.norm = norm(channels, groups)
-        layers = (Conv2d(channels, channels, 1) for _ in range(4))
-        self.q, self.k, self.v, self.proj_out = layers
+        self.q, self.k, self.v, self.proj_out = (Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)

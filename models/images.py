@@ -39,9 +39,8 @@ def find_images(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     files = [folder] if folder.is_file() else sorted(p for p in folder.iterdir() if p.is_file())
     faults = {path: fault_of(path) for path in files}
-    endings = (".txt", ".caption", ".mask.png")
-    beside = {path.with_suffix(end) for path in files if not faults[path] for end in endings}
-    pictures = [path for path in files if not faults[path] and path not in beside]
+    pictures = [path for path in files if not faults[path]]
+    beside = {p.with_suffix(end) for p in pictures for end in (".txt", ".caption", ".mask.png")}
     for path in files:
         if faults[path] and path not in beside:
             warnings.warn(f"skipped {path}: {faults[path]}")
@@ -69,9 +68,14 @@ def opened(path: str | Path):
 
 
 def fault_of(path: Path) -> str | None:
-    """Return why a file is not a picture, or None if Pillow knows its content or its ending."""
+    """Return why a file in a folder is not a training picture, or None."""
     if re.search(r"^\.|\.(inputs|step-\d+|mask)\.png$", path.name, re.IGNORECASE):
         return "hidden, written by a run, or a mask (NAME.mask.png) without its picture NAME.jpg"
+    return content_fault(path)
+
+
+def content_fault(path: Path) -> str | None:
+    """Return why a file is not a picture, or None if Pillow knows its content or its ending."""
     try:
         with opened(path) as image:
             image.close()
@@ -95,14 +99,13 @@ def read_image(path: str | Path) -> Image.Image:
             small = int(image.width / shrink), int(image.height / shrink)
             image.draft(None, small)  # decodes a JPEG at a half, a quarter or an eighth of its size
             if image.width * image.height > MAX_PIXELS:
-                size = f"{image.width}x{image.height} pixels"
-                raise ValueError(f"{size}, {MAX_PIXELS:,} at most; save it smaller")
+                raise ValueError(f"{image.size} pixels, {MAX_PIXELS:,} at most; save it smaller")
             image.load()
             if not image.mode.startswith("I;"):  # 16 bits, which Pillow cannot resize
                 image.thumbnail(small)
             return image
     except (OSError, ValueError, SyntaxError) as error:
-        fault = Path(path).is_file() and fault_of(Path(path))
+        fault = Path(path).is_file() and content_fault(Path(path))
         raise ValueError(f"{path}: {fault or f'not readable as a picture ({error})'}") from error
 
 

@@ -68,6 +68,9 @@ def test_folders_skip_what_is_no_picture_and_name_what_is_broken(tmp_path):
     (tmp_path / "b.jpg").write_bytes(b"no jpeg")
     with pytest.raises(ValueError, match="b.jpg"):
         textinv.prepare_images([tmp_path / "b.jpg"], 8)
+    (tmp_path / "b.mask.png").write_bytes(b"no png")
+    with pytest.raises(ValueError, match="b.mask.png: not readable as a picture"):
+        textinv.prepare_images([tmp_path / "b.mask.png"], 8)
     with pytest.raises(ValueError, match="no pictures"):
         empty = tmp_path / "empty"
         empty.mkdir()
@@ -214,7 +217,7 @@ def test_large_pictures_are_reduced_and_the_largest_refused(tmp_path, monkeypatc
     assert Image.MAX_IMAGE_PIXELS == 1000
     monkeypatch.setattr(images, "MAX_PIXELS", 2000)
     assert textinv.open_image(tmp_path / "a.jpg")  # decoded at an eighth
-    with pytest.raises(ValueError, match="b.png: .*300x100 pixels, 2,000 at most"):
+    with pytest.raises(ValueError, match=r"b.png: .*\(300, 100\) pixels, 2,000 at most"):
         textinv.open_image(tmp_path / "b.png")
 
 
