@@ -313,7 +313,7 @@ def check_setup(vectors, weight_decay, regularize, progressive, stop, seed) -> N
     if stop not in STOPS:
         raise ValueError(f"stop {stop!r} is not known; use {', '.join(STOPS)}")
     if progressive and (vectors, stop) != (3, "never"):
-        raise ValueError(f"progressive training has 3 vectors, stop never; given {vectors}, {stop}")
+        raise ValueError(f"progressive training needs 3 vectors, stop never; not {vectors}, {stop}")
 
 
 def hyperparameters(model: LatentDiffusion | None, steps, batch_size, lr) -> tuple[int, int, float]:

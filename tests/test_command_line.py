@@ -567,11 +567,11 @@ def test_an_unknown_option_is_named(capsys):
         (["invert", MUSHROOM, "--init-word", " "], "--init-word is missing"),
         (
             ["invert", MUSHROOM, "--init-word", "a", "--progressive", "--stop", "auto"],
-            "progressive training has 3 vectors, stop never; given 3, auto",
+            "progressive training needs 3 vectors, stop never; not 3, auto",
         ),
         (
             ["invert", MUSHROOM, "--init-word", "a", "--progressive", "--vectors", "2"],
-            "has 3 vectors, stop never; given 2, never",
+            "needs 3 vectors, stop never; not 2, never",
         ),
         (["invert", MUSHROOM, "--init-word", "a", "--templates", ""], "textinv: '': "),
         (["sample", "a", "--rename", "a.pt"], "write OLD=NEW"),
