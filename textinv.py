@@ -190,8 +190,8 @@ def train(
     on all from the start. per_image: also learn a word for each picture, for what only that picture
     shows; its prompts end in "with" and that word.
 
-    resume: what `State.tensors()` returned; `steps` is still the total. The same seed gives the
-    same bits, resumed or not, on one machine with one number of threads and one precision.
+    resume: what `State.tensors()` returned; `steps` is still the total. On a CPU, the same
+    seed gives the same bits, resumed or not, with one number of threads and one precision.
     share, on_gradients: for examples/several_gpus.py. `share` selects the rows of each batch that
     this process computes; `on_gradients(loss, gradients)` adds up both over the processes.
 
@@ -200,7 +200,7 @@ def train(
     steps, batch_size, lr = hyperparameters(model, steps, batch_size, lr)
     check_setup(vectors, weight_decay, regularize, progressive, stop, seed)
     if placeholder is None:  # the name of a folder, as on the command line
-        placeholder = named_after(images) if isinstance(images, (str, Path)) else "<s>"
+        placeholder = named_after(name_of(images)) if isinstance(images, (str, Path)) else "<s>"
     model.check_placeholders([placeholder])
     start = initial_vectors(model, init_word, vectors)
     pixels = images if isinstance(images, Tensor) else prepare_images(images, model.size, masked)
@@ -215,6 +215,7 @@ def train(
     image_words = [Concept(name, average.clone()) for name in names]
     check_prompts(model, distinct, [word, *image_words])
     mean, std, weight = training_set(model, pixels, flip)
+    model.unet.gradient_checkpointing = gradient_checkpointing
 
     def loss_of(step: int, words: list[Concept]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the loss (eq. 2) on the step's batch, the penalty, and tensors to check for NaN.
@@ -226,9 +227,7 @@ def train(
         prompts = [fill_template(draw.choice(texts[i]), words, i) for i in shown][share]
         latents, t, noise, weights = (tensor[share] for tensor in (*batch, weight[rows]))
         context = model.encode_text(prompts, words)
-        model.unet.gradient_checkpointing = gradient_checkpointing
         loss = diffusion_loss(model, latents, context, t, noise, weights)
-        model.unet.gradient_checkpointing = False
         penalty = regularize * ((word.vectors - start) ** 2).sum()
         part = len(t) / batch_size  # 1 unless several processes share the batch
         parts = dict(autoencoder=latents, text_encoder=context, UNet=loss)
@@ -313,7 +312,7 @@ def check_setup(vectors, weight_decay, regularize, progressive, stop, seed) -> N
     if stop not in STOPS:
         raise ValueError(f"stop {stop!r} is not known; use {', '.join(STOPS)}")
     if progressive and (vectors, stop) != (3, "never"):
-        raise ValueError(f"progressive training needs 3 vectors, stop never; not {vectors}, {stop}")
+        raise ValueError(f"progressive needs 3 vectors and stop never, not {vectors} and {stop}")
 
 
 def hyperparameters(model: LatentDiffusion | None, steps, batch_size, lr) -> tuple[int, int, float]:
@@ -488,7 +487,6 @@ def run_invert(args: argparse.Namespace) -> int:
     run.look(args.resume, args.overwrite)  # raises where files of another run would be lost
     warn_of_photographs(paths, args.model is None)  # raises for damaged ones
     model = load_for(args)
-    initial_vectors(model, args.init_word, 1)  # raises for a word that the model does not know
     if len(model.tokenizer.token_ids(args.init_word)) > len(args.init_word.split()):
         warnings.warn(f"this model spells {args.init_word!r} in pieces; a word it knows is better")
     model.size = args.size or model.size
@@ -522,7 +520,7 @@ def learn(args: argparse.Namespace, run: Run, model: LatentDiffusion, pixels, op
     def preview(state: State) -> Image.Image:
         return grid(sample(model, f"a photo of {placeholder}", [state.concept], n=4), least=LEAST)
 
-    preview_every = max(1, steps // 3) if args.preview_every is None else args.preview_every
+    preview_every = math.ceil(steps / 3) if args.preview_every is None else args.preview_every
     state = run.follow(states, args.save_every, preview_every, preview)
     if not state.over:
         again = shlex.join(["python", *sys.argv, *["--resume"] * (not args.resume)])
@@ -531,7 +529,7 @@ def learn(args: argparse.Namespace, run: Run, model: LatentDiffusion, pixels, op
     if state.step < steps:
         print(f"converged after {state.step} of {steps} steps")
     draw = ["sample", f"a photo of {placeholder}", "--concept", str(run.out)]
-    if load_concept(run.out).placeholder != placeholder:  # A1111's files have no name for a word
+    if load_concept(run.out).placeholder != placeholder:  # a .pt names it after the file
         draw += ["--rename", f"{run.out.name}={placeholder}"]
     for name in ("model", "vae", "family", "prediction"):
         draw += [f"--{name}", vars(args)[name]] if vars(args)[name] else []
@@ -540,16 +538,21 @@ def learn(args: argparse.Namespace, run: Run, model: LatentDiffusion, pixels, op
     return 0
 
 
-def named_after(path: str | Path) -> str:
-    """Return the placeholder named after a folder or a file: "my cat" becomes <my-cat>."""
+def name_of(path: str | Path) -> str:
+    """Return the name of a folder, or that of a file without its ending."""
     path = Path(path).resolve()
-    return nfc(f"<{'-'.join((path.stem if path.is_file() else path.name).split())}>")
+    return path.stem if path.is_file() else path.name
+
+
+def named_after(name: str) -> str:
+    """Return the placeholder with this name: "my cat" becomes <my-cat>."""
+    return nfc(f"<{'-'.join(name.split())}>")
 
 
 def target_of(args: argparse.Namespace) -> tuple[Path, str]:
     """Return the word's file and its placeholder, named after --out or the pictures' folder."""
     source = Path(args.images).resolve()
-    name = Path(args.out).stem if args.out else source.stem if source.is_file() else source.name
+    name = Path(args.out).stem if args.out else name_of(source)
     out = Path(args.out or f"{shortened(name, 200)}.safetensors")
     default_format(out.suffix)  # raises if words are not written with this ending
     free_target(out, overwrite=True)  # raises if nothing can be written there
@@ -742,7 +745,6 @@ OPTIONS: dict[str, dict] = dict(
     picture=dict(metavar="FILE", help="picture to put the word into, for an OUT that is a .png"),
 )
 LOADING = "vae family prediction clip_skip device precision"
-MODEL = f" model {LOADING}"
 VERBS = {  # their options in the order of --help: what everybody needs, then by subject
     run_invert: "images init_word word_out model placeholder vectors templates masked no_flip "
     "training_size training_steps stop batch_size lr regularize weight_decay progressive per_image "
@@ -769,7 +771,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for run, names in VERBS.items():
         text, example = run.__doc__.split(": ")
         shown = dict(help=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-        shown |= dict(description=f"{text}; defaults are in brackets")
+        shown |= dict(description=f"{text}; defaults are in brackets", allow_abbrev=False)
         shown |= dict(epilog=f"example:\n  python textinv.py {example}")
         verb = verbs.add_parser(run.__name__.removeprefix("run_"), **shown)
         add_options(verb, names)

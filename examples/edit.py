@@ -205,7 +205,7 @@ def make_parser() -> argparse.ArgumentParser:
     fit = "fit the decoder to what the mask keeps (100); 0 is faster, perhaps with a seam"
     p.add_argument("--reconstruct-steps", type=int, default=100, metavar="STEPS", help=fit)
     p.add_argument("--out", default="edited.png", metavar="FILE", help="a grid if n > 1")
-    names = "concept rename negative steps guidance seed overwrite" + textinv.MODEL
+    names = "concept rename negative steps guidance seed overwrite model " + textinv.LOADING
     textinv.add_options(p, names)
     p.set_defaults(run=run, steps=50)
     return p

@@ -267,7 +267,7 @@ def make_parser() -> textinv.Parser:
     p.add_argument("--clip", metavar="PATH", help="vit-b-32 (OpenAI's), or a path (bundled CLIP)")
     p.add_argument("--out", default="scores.csv", metavar="FILE", help="table (scores.csv)")
     p.add_argument("--chart", metavar="FILE", help="draw figure 7 of it (needs matplotlib)")
-    textinv.add_options(p, "seed overwrite steps guidance" + textinv.MODEL)
+    textinv.add_options(p, "seed overwrite steps guidance model " + textinv.LOADING)
     p.set_defaults(run=run, steps=50)
     return p
 

@@ -28,7 +28,7 @@ from models.files import free_target, write_png
 from models.images import find_images, grid
 from models.runs import interruptible
 
-MODEL = " seed overwrite" + textinv.MODEL
+MODEL = " seed overwrite model " + textinv.LOADING
 INVERT = "images init_word placeholder word_out vectors training_steps batch_size lr stop templates"
 INVERT += " weight_decay regularize progressive per_image no_flip masked"
 INVERT += " gradient_checkpointing save_every"

@@ -22,7 +22,7 @@ from torch import Tensor
 from .files import text_lines
 from .tokenizers import nfc
 
-# Formats that Pillow opens, but cannot read by itself. It would run an EPS file by Ghostscript.
+# Formats that Pillow opens, but cannot read by itself. For EPS it would run Ghostscript.
 NO_PICTURES = {"EPS", "MPEG", "BUFR", "GRIB", "HDF5", "WMF"}
 LARGE = 1 << 25  # pixels; larger pictures are reduced to about this size
 MAX_PIXELS = 1 << 28  # of a picture that is being read; they take 1 GiB of memory
@@ -104,7 +104,7 @@ def read_image(path: str | Path) -> Image.Image:
             if not image.mode.startswith("I;"):  # 16 bits, which Pillow cannot resize
                 image.thumbnail(small)
             return image
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, RuntimeError) as error:
         fault = Path(path).is_file() and content_fault(Path(path))
         raise ValueError(f"{path}: {fault or f'not readable as a picture ({error})'}") from error
 
@@ -158,7 +158,7 @@ def written_templates(choice: str, pictures: Sequence[Path], placeholder: str) -
     if choice == "captions":
         return [read_captions(caption_of(path), placeholder) for path in pictures]
     marked = any(mark in choice for mark in ("{}", "[name]", placeholder))
-    single = marked and not os.path.isfile(choice)  # a file's name may hold the word, too
+    single = marked and not (os.path.isfile(choice) or choice.endswith(".txt"))
     texts = [with_mark(choice, placeholder)] if single else read_captions(choice, placeholder)
     if not any("[filewords]" in text for text in texts):
         return texts
@@ -254,7 +254,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 def to_pil(images: Tensor) -> list[Image.Image]:
     """Return pictures (N, 3, H, W) in [-1, 1] as PIL images. Raises NotFinite for NaN."""
     if not images.isfinite().all():
-        raise NotFinite("sampling gave NaN; try --precision bf16 or fp32, or a lower --guidance")
+        raise NotFinite("a picture came out as NaN; try --precision bf16 or fp32, weaker guidance")
     pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(p) for p in pixels]
 

@@ -1,7 +1,7 @@
 """What the networks share: attention, a few layers, and SDXL's conditioning."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +20,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False)
 
 
 def widened(function: Callable, *tensors: Tensor | None, **options) -> Tensor:
-    """Return function(*tensors, **options), computed in float32 where a processor would multiply
-    16-bit floats a hundred times as slowly: for PyTorch, one without AVX-512."""
+    """Return function(*tensors, **options), computed in float32 on processors with AVX2 but without
+    AVX-512, where PyTorch multiplies 16-bit floats a hundred times as slowly."""
     x = tensors[0]
     if x.dtype == torch.float32 or not x.is_cpu or get_cpu_capability() != "AVX2":
         return function(*tensors, **options)
@@ -62,7 +62,7 @@ class Conditioning:
     # (Podell et al. 2023, section 2.2). None: a picture neither resized nor cropped.
     sizes: Tensor | None = None
 
-    def __getitem__(self, rows: Sequence[int]) -> "Conditioning":
+    def __getitem__(self, rows: slice | list[int]) -> "Conditioning":
         return each(lambda part: part[rows], self)
 
     def isfinite(self) -> Tensor:

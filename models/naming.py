@@ -134,7 +134,6 @@ def first_layers(state: Tensors, layers: int) -> Tensors:
 def side_by_side(first: Tensors, second: Tensors) -> Tensors:
     """Return SDXL's CLIP-L and bigG, from any layout, as one encoder with one token table."""
     first, second = clip_to_transformers(first), clip_to_transformers(second)
-    first.pop("text_projection.weight", None)  # SDXL does not use CLIP-L's projection
     state = {k.replace("text_model", "clip_l"): v for k, v in first.items()}
     state |= {k.replace("text_model", "clip_g"): v for k, v in second.items()}
     tables = [state.pop(f"{t}.embeddings.token_embedding.weight") for t in ("clip_l", "clip_g")]

@@ -4,7 +4,7 @@ A run that learns `cat.safetensors` keeps beside it
 
     cat.json         its settings, written before the first step
     cat.csv          one row per step
-    cat.state        step, vectors, the optimizer's moments, and the losses of `--stop auto`
+    cat.state        step, vectors, the optimizer's moments; losses and best for `--stop auto`
     cat.inputs.png   what the model sees of the pictures
     cat.step-N.png   previews
     cat.image-N.*    the words of single pictures, if asked for
@@ -157,7 +157,7 @@ class Run:
             # The model's file may have a new name; the fingerprint identifies the model.
             if began.get(key) != now and key not in ("steps", "model"):
                 then = repr(began.get(key)) + f" of {began.get('model')}" * (key == "fingerprint")
-                differs = f"{path}: the run began with {key} {then}, now it is {now!r}"
+                differs = f"{path}: the run began with {key} {then:.200}, now it is {now!r:.200}"
                 raise ValueError(f"{differs}; give what it began with, or {ANEW}")
 
     def read_state(self) -> dict[str, Tensor]:
@@ -188,8 +188,7 @@ class Run:
                         self.save(state)
                     if shown:  # after saving: on a small GPU it may run out of memory
                         text = {"prompt": f"a photo of {state.concept.placeholder}"}
-                        path = self.path(f"step-{state.step}.png")
-                        write_png(path, preview(state), text, overwrite=True)
+                        write_png(self.path(f"step-{state.step}.png"), preview(state), text, True)
                     if asked:
                         break
         finally:
@@ -223,7 +222,7 @@ def table_row(state: State) -> dict[str, str]:
 
 @contextmanager
 def interruptible() -> Iterator[list[int]]:
-    """Yield a list that Ctrl-C or SIGTERM fills, to end a loop by; a second one stops at once."""
+    """Yield a list that is empty until Ctrl-C or SIGTERM; a second one stops the program."""
     asked: list[int] = []
 
     def ask(number, frame):

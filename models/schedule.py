@@ -19,7 +19,7 @@ from torch import Tensor
 
 @dataclass(eq=False)
 class Schedule:
-    """The share of noise at each timestep. `beta_schedule` and what follows are as in diffusers.
+    """How much signal and noise each timestep has. `beta_schedule` and so on are as in diffusers.
 
     `alphas_cumprod` (length,) is a_t, the share of signal variance left at timestep t. Like all
     coefficients, it is float64 on the CPU until it is multiplied by pictures in float32.

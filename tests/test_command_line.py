@@ -1,5 +1,6 @@
 """The verbs as a person uses them, and every mistake in one line with exit status 2."""
 
+import argparse
 import csv
 import hashlib
 import json
@@ -116,7 +117,7 @@ def test_mistakes_are_one_line_and_exit_status_2_of_the_process(tmp_path, argume
         (["--lr", "quick"], "use a number, base, high, low"),
         (["--save-image-words"], "--per-image"),
         (["--vectors", "1001"], "is not read in"),
-        (["--progressive", "--vectors", "2"], "ends with 3 vectors"),
+        (["--progressive", "--vectors", "2"], "needs 3 vectors"),
     ],
 )
 def test_mistakes_in_learning(tmp_path, monkeypatch, capsys, change, says):
@@ -567,11 +568,11 @@ def test_an_unknown_option_is_named(capsys):
         (["invert", MUSHROOM, "--init-word", " "], "--init-word is missing"),
         (
             ["invert", MUSHROOM, "--init-word", "a", "--progressive", "--stop", "auto"],
-            "progressive training needs 3 vectors, stop never; not 3, auto",
+            "progressive needs 3 vectors and stop never, not 3 and auto",
         ),
         (
             ["invert", MUSHROOM, "--init-word", "a", "--progressive", "--vectors", "2"],
-            "needs 3 vectors, stop never; not 2, never",
+            "needs 3 vectors and stop never, not 2 and never",
         ),
         (["invert", MUSHROOM, "--init-word", "a", "--templates", ""], "textinv: '': "),
         (["sample", "a", "--rename", "a.pt"], "write OLD=NEW"),
@@ -615,6 +616,22 @@ def test_a_module_of_the_same_name_in_the_way_is_named(tmp_path, theirs):
     assert last.startswith(f"ImportError: {(tmp_path / theirs).resolve()} hides textinv's own")
 
 
+@pytest.mark.parametrize("out, named", (("v1.5.pt", "<v1.5>"), ("cat.pt", "<cat>")))
+def test_the_placeholder_is_named_after_out_whatever_files_are_here(
+    tmp_path, monkeypatch, out, named
+):
+    monkeypatch.chdir(tmp_path)
+    Path("v1.5").write_text("a file")
+    Path("IMG_2023").mkdir()
+    Path("cat").symlink_to("IMG_2023")
+    args = argparse.Namespace(images=str(MUSHROOM), out=out, placeholder=None)
+    assert textinv.target_of(args) == (Path(out), named)
+
+
+def test_options_are_not_abbreviated(capsys):
+    assert "unrecognized arguments: --prompt" in mistake(capsys, "sample", "--prompt", "a cat")
+
+
 def test_captions_of_other_trainers(tmp_path):
     pictures = [tmp_path / "1 - red cat.jpg", tmp_path / "b.jpg"]
     (tmp_path / "b.caption").write_text("a <c> in 木", "utf-16")
@@ -626,6 +643,8 @@ def test_captions_of_other_trainers(tmp_path):
     assert textinv.read_templates("my [name]", pictures, "<c>") == ["my {}"]
     (tmp_path / "of <c>.txt").write_text("his {}")
     assert textinv.read_templates(str(tmp_path / "of <c>.txt"), pictures, "<c>") == ["his {}"]
+    with pytest.raises(ValueError, match=r"my <c>\.txt': No such file"):
+        textinv.read_templates(str(tmp_path / "my <c>.txt"), pictures, "<c>")
     (tmp_path / "b.caption").write_bytes(b"a {} caf\xe9")
     for choice in ("captions", "{} [filewords]"):
         with pytest.raises((ValueError, OSError), match=r"b\.caption: not text in UTF-8"):

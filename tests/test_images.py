@@ -176,6 +176,21 @@ def test_colour_profiles_lead_to_srgb(tmp_path):
         assert np.asarray(found).tolist() == np.asarray(image.convert("RGB")).tolist()
 
 
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow does not read AVIF")
+def test_a_damaged_avif_is_named(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    path = tmp_path / "a.avif"
+    Image.fromarray(noise).save(path)
+    whole, damaged = path.read_bytes(), 0
+    for start in range(0, 400, 7):  # the header, and where the picture begins
+        path.write_bytes(whole[:start] + bytes(16) + whole[start + 16 :])
+        try:
+            textinv.open_image(path)
+        except ValueError as error:
+            damaged += str(error).startswith(f"{path}: not readable as a picture")
+    assert damaged > 3
+
+
 def test_pillow_decides_what_is_a_picture(tmp_path):
     image = Image.new("RGB", (8, 8), "red")
     formats = {"a.jfif": "JPEG", "b.jpe": "JPEG", "c": "PNG", "d.photo": "WEBP", "e.TGA": "TGA"}

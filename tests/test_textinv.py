@@ -111,7 +111,7 @@ def test_progressive_vectors_join_after_two_and_four_fifths(model):
         vectors = state.concept.vectors.detach()
         moved.append(((vectors - start[: len(vectors)]).abs().sum(dim=1) > 0).tolist())
     assert moved == [[True]] * 4 + [[True, True]] * 4 + [[True, True, True]] * 2
-    with pytest.raises(ValueError, match="ends with 3 vectors, not with 5"):
+    with pytest.raises(ValueError, match="needs 3 vectors and stop never, not 5 and never"):
         textinv.train(model, MUSHROOM, "plant", vectors=5, progressive=True)
 
 
@@ -211,7 +211,7 @@ def test_a_word_that_no_prompt_shows_is_refused(model):
 
 
 def test_nan_in_a_picture_is_no_black_picture(model):
-    with pytest.raises(textinv.NotFinite, match="lower --guidance"):
+    with pytest.raises(textinv.NotFinite, match="weaker guidance"):
         textinv.sample(model, "a cat", steps=2, guidance_scale=1e38)
 
 
@@ -235,7 +235,6 @@ def test_gradient_checkpointing_gives_the_same_word(model):
         for g in (False, True)
     )
     torch.testing.assert_close(a.vectors, b.vectors, rtol=0, atol=1e-5)
-    assert not model.unet.gradient_checkpointing
 
 
 def test_concept_round_trip_and_no_silent_overwrite(model, tmp_path):
@@ -420,7 +419,7 @@ def test_interrupted_it_ends_at_the_same_step_with_the_same_bits(model, soon):
 def test_unknown_rules_and_progressive_training_are_refused(model):
     with pytest.raises(ValueError, match="stop 'soon' is not known; use never, auto"):
         textinv.train(model, MUSHROOM, "plant", stop="soon")
-    with pytest.raises(ValueError, match="cannot end by stop 'auto'"):
+    with pytest.raises(ValueError, match="needs 3 vectors and stop never, not 3 and auto"):
         textinv.train(model, MUSHROOM, "plant", vectors=3, progressive=True, stop="auto")
 
 
