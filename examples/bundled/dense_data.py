@@ -36,7 +36,7 @@ from emoji_data import (
 )
 from torch import Tensor
 
-PRIVATE_SHARE, PAIR_SHARE, STYLE_SHARE = 0.55, 0.15, 0.1  # of things, of scenes, of scenes
+PRIVATE_SHARE, PAIR_SHARE, STYLE_SHARE = 0.3, 0.15, 0.1  # of things, of scenes, of scenes
 # Private words, in place of a name of the first and the second thing, and of a style.
 PRIVATE = ("private0", "private1", "private2")
 
