@@ -215,7 +215,6 @@ def train(
     image_words = [Concept(name, average.clone()) for name in names]
     check_prompts(model, distinct, [word, *image_words])
     mean, std, weight = training_set(model, pixels, flip)
-    model.unet.gradient_checkpointing = gradient_checkpointing
 
     def loss_of(step: int, words: list[Concept]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the loss (eq. 2) on the step's batch, the penalty, and tensors to check for NaN.
@@ -227,7 +226,9 @@ def train(
         prompts = [fill_template(draw.choice(texts[i]), words, i) for i in shown][share]
         latents, t, noise, weights = (tensor[share] for tensor in (*batch, weight[rows]))
         context = model.encode_text(prompts, words)
+        model.unet.gradient_checkpointing = gradient_checkpointing
         loss = diffusion_loss(model, latents, context, t, noise, weights)
+        model.unet.gradient_checkpointing = False
         penalty = regularize * ((word.vectors - start) ** 2).sum()
         part = len(t) / batch_size  # 1 unless several processes share the batch
         parts = dict(autoencoder=latents, text_encoder=context, UNet=loss)
@@ -551,12 +552,11 @@ def named_after(name: str) -> str:
 
 def target_of(args: argparse.Namespace) -> tuple[Path, str]:
     """Return the word's file and its placeholder, named after --out or the pictures' folder."""
-    source = Path(args.images).resolve()
-    name = Path(args.out).stem if args.out else name_of(source)
+    name = Path(args.out).stem if args.out else name_of(args.images)
     out = Path(args.out or f"{shortened(name, 200)}.safetensors")
     default_format(out.suffix)  # raises if words are not written with this ending
     free_target(out, overwrite=True)  # raises if nothing can be written there
-    if source.is_dir() and out.resolve().parent == source:
+    if Path(args.images).is_dir() and out.resolve().parent == Path(args.images).resolve():
         raise ValueError(f"{out} lies among the pictures; write it elsewhere: --out ../{out.name}")
     placeholder = named_after(name) if args.placeholder is None else args.placeholder
     check_names([placeholder])

@@ -235,6 +235,7 @@ def test_gradient_checkpointing_gives_the_same_word(model):
         for g in (False, True)
     )
     torch.testing.assert_close(a.vectors, b.vectors, rtol=0, atol=1e-5)
+    assert not model.unet.gradient_checkpointing
 
 
 def test_concept_round_trip_and_no_silent_overwrite(model, tmp_path):
