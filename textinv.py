@@ -313,7 +313,7 @@ def check_setup(vectors, weight_decay, regularize, progressive, stop, seed) -> N
     if stop not in STOPS:
         raise ValueError(f"stop {stop!r} is not known; use {', '.join(STOPS)}")
     if progressive and (vectors, stop) != (3, "never"):
-        raise ValueError(f"progressive needs 3 vectors and stop never, not {vectors} and {stop}")
+        raise ValueError("progressive needs 3 vectors and no early stopping; drop the other option")
 
 
 def hyperparameters(model: LatentDiffusion | None, steps, batch_size, lr) -> tuple[int, int, float]:

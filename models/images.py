@@ -98,8 +98,8 @@ def read_image(path: str | Path) -> Image.Image:
             shrink = max(1, math.sqrt(image.width * image.height / LARGE))
             small = int(image.width / shrink), int(image.height / shrink)
             image.draft(None, small)  # decodes a JPEG at a half, a quarter or an eighth of its size
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.size} pixels, {MAX_PIXELS:,} at most; save it smaller")
+            if (pixels := image.width * image.height) > MAX_PIXELS:
+                raise ValueError(f"{pixels:,} pixels, {MAX_PIXELS:,} at most; save it smaller")
             image.load()
             if not image.mode.startswith("I;"):  # 16 bits, which Pillow cannot resize
                 image.thumbnail(small)

@@ -568,7 +568,7 @@ def test_an_unknown_option_is_named(capsys):
         (["invert", MUSHROOM, "--init-word", " "], "--init-word is missing"),
         (
             ["invert", MUSHROOM, "--init-word", "a", "--progressive", "--stop", "auto"],
-            "progressive needs 3 vectors and stop never, not 3 and auto",
+            "progressive needs 3 vectors and no early stopping; drop the other option",
         ),
         (
             ["invert", MUSHROOM, "--init-word", "a", "--progressive", "--vectors", "2"],

@@ -41,7 +41,10 @@ def check_export(base: str | None, out: Path) -> None:
     if base is not None and not Path(base).is_file():
         raise ValueError(f"{base} is no single file; only such a model can be exported")
     for name in (out.name, *(CONFIGURATION if base is None else ())):
-        free_target(out.with_name(name), overwrite=False)
+        target = out.with_name(name)
+        if target.exists():
+            raise ValueError(f"{target} exists; choose another name for --export")
+        free_target(target, overwrite=False)
 
 
 def export(base: str | None, difference: Path, out: Path) -> None:

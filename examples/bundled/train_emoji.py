@@ -81,6 +81,11 @@ class Recipe:
     autoencoder: AutoencoderConfig
     cached: int  # scenes encoded once for the diffusion stage
 
+    @property
+    def dense(self) -> bool:
+        """True if captions have private words."""
+        return self.scenes is DenseScenes
+
 
 def autoencoder_config(*widths: int) -> AutoencoderConfig:
     return AutoencoderConfig(widths, num_res_blocks=1, norm_groups=AUTOENCODER_GROUPS)
@@ -223,7 +228,7 @@ def train_autoencoder(scenes: Scenes, work: Path, minutes: float, recipe: Recipe
     A dense run goes on with the bundled UNet. So a penalty, their squared distance, keeps the new
     latents near those that this UNet knows.
     """
-    known = load_model(device="cpu").autoencoder if recipe.scenes is DenseScenes else None
+    known = load_model(device="cpu").autoencoder if recipe.dense else None
     model = Autoencoder(recipe.autoencoder).to(memory_format=torch.channels_last)
     with torch.no_grad():  # a posterior that starts narrow lets the decoder see something
         model.quant_conv.bias[4:] = -5
@@ -298,7 +303,7 @@ def cache_scenes(
                 mean, std = model.encode(part)
             rows["mean"].append((mean.float() * SCALE).half())
             rows["std"].append((std.float() * SCALE).half())
-        for drawings, example in facts if recipe.scenes is DenseScenes else ():
+        for drawings, example in facts if recipe.dense else ():
             rows["drawings"].append(drawings[None])
             rows["example"].append(torch.tensor([-1 if example is None else len(examples)]))
             examples += [] if example is None else [(example * 255).round().byte()]
@@ -407,8 +412,7 @@ def networks(vocab_size: int, recipe: Recipe) -> nn.ModuleDict:
         if hasattr(block, "proj_out"):
             nn.init.zeros_(block.proj_out.weight)
     unet.to(memory_format=torch.channels_last)
-    dense = recipe.scenes is DenseScenes  # else no caption has a private word
-    encoders = {"thing": WordEncoder(4), "style": WordEncoder(3)} if dense else {}
+    encoders = {"thing": WordEncoder(4), "style": WordEncoder(3)} if recipe.dense else {}
     return nn.ModuleDict({"text": text, "unet": unet, "words": nn.ModuleDict(encoders)})
 
 

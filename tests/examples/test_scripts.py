@@ -110,7 +110,7 @@ def test_inverted_noise_comes_back_better_with_more_steps():
 def test_pivotal_tuning_keeps_a_difference_and_exports_a_checkpoint(out, tmp_path):
     """The difference on the base is the tuned model (to bf16's last digit), the exported checkpoint
     loads by itself, and the model on disk is as it was."""
-    from difference import add_difference
+    from difference import add_difference, check_export
 
     exported = tmp_path / "whole" / "model.safetensors"
     run("pivotal", out, "--tuning-steps", 3, "--export", exported)
@@ -128,6 +128,8 @@ def test_pivotal_tuning_keeps_a_difference_and_exports_a_checkpoint(out, tmp_pat
         assert torch.equal(tables[0][key], tables[2][key]) != changed or not changed, key
     moved = max(change.float().abs().max() for change in changes.values())
     assert 1e-5 < moved < 1e-2
+    with pytest.raises(ValueError, match="model.safetensors exists; choose another name"):
+        check_export(None, exported)
     add_difference(added, difference, share=-1)
     assert all(
         torch.allclose(a, b, atol=1e-6) for a, b in zip(tables[0].values(), tables[2].values())
