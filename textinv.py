@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 import random
+import re
 import shlex
 import sys
 import warnings
@@ -58,7 +59,7 @@ from models.images import (
 from models.latent_diffusion import LatentDiffusion
 from models.runs import STOP_EVERY, Run, State, converged
 from models.schedule import SAMPLERS
-from models.tokenizers import check_names, nfc, without_weights
+from models.tokenizers import any_of, check_names, nfc, without_weights
 
 __all__ = ["Concept", "invert", "load_concept", "load_concepts", "load_model", "sample", "train"]
 
@@ -515,8 +516,7 @@ def learn(args: argparse.Namespace, run: Run, model: LatentDiffusion, pixels, op
     placeholder, steps, saved = options["placeholder"], options["steps"], options["resume"]
     run.begin(anew=saved is None)
     write_png(run.path("inputs.png"), grid(to_pil(pixels[:, :3]), least=LEAST), {}, overwrite=True)
-    since = f", from step {int(saved['step'])} on" if saved else ""
-    print(f"learning {placeholder}: {len(pixels)} picture(s), {steps} steps{since}, to {run.out}")
+    print(f"learning {placeholder}: {len(pixels)} picture(s), {steps} steps, to {run.out}")
 
     def preview(state: State) -> Image.Image:
         return grid(sample(model, f"a photo of {placeholder}", [state.concept], n=4), least=LEAST)
@@ -524,8 +524,8 @@ def learn(args: argparse.Namespace, run: Run, model: LatentDiffusion, pixels, op
     preview_every = math.ceil(steps / 3) if args.preview_every is None else args.preview_every
     state = run.follow(states, args.save_every, preview_every, preview)
     if not state.over:
-        again = shlex.join(["python", *sys.argv, *["--resume"] * (not args.resume)])
-        print(f"stopped; the word so far is in {run.out}; continue with: {again}")
+        again = sys.argv if args.resume else [*sys.argv[:2], "--resume", *sys.argv[2:]]
+        print(f"stopped; the word is in {run.out}; continue with: python {shlex.join(again)}")
         return 130
     if state.step < steps:
         print(f"converged after {state.step} of {steps} steps")
@@ -584,10 +584,10 @@ def words_for(args: argparse.Namespace, prompts: Sequence[str]) -> list[Concept]
     """Return the learnt words; check them and the prompts' weights before anything slow starts."""
     concepts = words_in(args.concept, args.rename)
     known = [concept.placeholder for concept in concepts]
-    texts = [without_weights(prompt, known) for prompt in prompts]  # raises for a malformed weight
+    used = re.findall(any_of(known), "\n".join(without_weights(p, known) for p in prompts))
     check_names(known if prompts else [])
     for word in known:
-        if texts and not any(word in text for text in texts):
+        if prompts and word not in used:
             warnings.warn(f"{word} was loaded, but no prompt uses it")
     return concepts
 

@@ -40,8 +40,7 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return self.nin_shortcut(x) + h
+        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
 
 
 class AttnBlock(nn.Module):

@@ -56,8 +56,7 @@ REFUSED = {  # pattern of a key in the file: what that file is
 }
 # Control characters, line separators, marks that reverse text, lone surrogates. Unlike
 # str.isprintable, this accepts the characters that join emoji.
-HARMFUL = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-clean = partial(HARMFUL.sub, "?")
+clean = partial(re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]").sub, "?")
 
 
 @dataclass(repr=False)

@@ -241,7 +241,7 @@ def prepare_images(images: Images, size: int, masked: bool = False) -> Tensor:
                 raise ValueError(f"{name}: the mask is empty in the square that the model sees")
             squares[-1].putalpha(mask)
     if masked and all(square.getextrema()[3] == (255, 255) for square in squares):
-        warnings.warn("masked, but no picture has transparency or a NAME.mask.png")
+        warnings.warn("masked, but nothing is transparent, or black in a NAME.mask.png")
     return torch.cat([to_tensor(image) for image in squares])
 
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .concepts import Concept
-from .files import checking, shortened, write_file, write_png, write_table
+from .files import checking, shortened, some, write_file, write_png, write_table
 
 # Early stopping (Voronov et al. 2023, "Is This Loss Informative?", arXiv:2302.04841): the loss of a
 # new batch depends on its timesteps more than on the word, so every STOP_EVERY steps it is measured
@@ -131,21 +131,23 @@ class Run:
         there = [path for path in (self.out, *self.files()) if path.exists()]
         if there and not overwrite:
             way = "its state is gone, so" if resume else "continue with --resume,"
-            raise ValueError(f"{there[0]} exists; {way} choose another --out, or {ANEW}")
+            names = some(path.name for path in there)
+            raise ValueError(f"{names}: there already; {way} choose another --out, or {ANEW}")
         return None
 
     def files(self) -> list[Path]:
         """Return the files that runs of this name have left, without the word."""
-        own = f"json csv state inputs.png step-[0-9]*.png image-[0-9]*{self.out.suffix}".split()
-        return [p for name in own for p in self.out.parent.glob(f"{glob.escape(self.stem)}.{name}")]
+        ends = rf"json|csv|state|(inputs|step-\d+)\.png|image-\d+\{self.out.suffix}"
+        own = re.compile(rf"{re.escape(self.stem)}\.({ends})")
+        return sorted(p for p in self.out.parent.glob("*") if own.fullmatch(p.name))
 
     def begin(self, anew: bool) -> None:
         """Write the settings. `anew` first removes another run's files, but not its word."""
+        text = (json.dumps(self.settings, indent=1, ensure_ascii=False) + "\n").encode()
         unfinished = self.out.parent.glob(f".{glob.escape(self.stem)}.*.tmp")  # of a killed process
         for path in [*unfinished, *(self.files() if anew else ())]:
             path.unlink()
-        text = json.dumps(self.settings, indent=1, ensure_ascii=False) + "\n"
-        write_file(self.path("json"), text.encode(), overwrite=True)
+        write_file(self.path("json"), text, overwrite=True)
         if anew:  # else `look` would take the word for another run's, as this one has no state
             self.write_state({"step": torch.tensor(0)})
 
@@ -161,9 +163,10 @@ class Run:
                 raise ValueError(f"{differs}; give what it began with, or {ANEW}")
 
     def read_state(self) -> dict[str, Tensor]:
-        with checking(self.path("state"), f"expected a run's state and its .csv; {ANEW}"):
+        with checking(self.path("state"), f"expected a run's state; {ANEW}"):
             state = load(self.path("state").read_bytes())
             last = int(state["step"])
+        with checking(self.path("csv"), f"expected the run's table; put it back, or {ANEW}"):
             with open(self.path("csv"), newline="", encoding="utf-8") as file:
                 self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= last]
         return state

@@ -296,5 +296,4 @@ def plain_text(part: str, kind: str, words: Collection[str]) -> str:
 
 def without_weights(prompt: str, words: Collection[str] = ()) -> str:
     """Return the prompt's text without brackets, weights and BREAK."""
-    text = "".join(text for text, _ in split_weights(prompt, words))
-    return re.sub(r"\bBREAK\b", " ", text)
+    return re.sub(r"\bBREAK\b", " ", "".join(text for text, _ in split_weights(prompt, words)))

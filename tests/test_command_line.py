@@ -197,7 +197,7 @@ def test_a_finished_run_is_left_alone(tmp_path, capsys):
     (tmp_path / "w.step-7.png").write_text("mine")
     for name in ("w.pt", "w.csv", "w.json", "w.inputs.png"):
         (tmp_path / name).unlink()
-    assert "w.step-7.png exists" in mistake(capsys, *learn)
+    assert "w.step-7.png: there already" in mistake(capsys, *learn)
 
 
 def test_a_full_disk_is_said_before_the_first_step(tmp_path, capsys, monkeypatch):
@@ -458,6 +458,8 @@ def test_words_of_the_negative_prompt_count(word, tmp_path, capsys):
     assert "<m> was loaded, but no prompt uses it" in capsys.readouterr().err
     assert textinv.main([*draw, "--negative", "embedding:m"]) == 0
     assert "note" not in capsys.readouterr().err
+    assert textinv.main([*draw, "--rename", "<m>=my-cat", "--negative", "two my-cats"]) == 0
+    assert "my-cat was loaded, but no prompt uses it" in capsys.readouterr().err
     assert "'1,2' is not a weight" in mistake(capsys, *draw, "--negative", "(<m>:1,2)")
 
 

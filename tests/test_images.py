@@ -100,7 +100,7 @@ def test_masks_are_the_alpha_channel_or_lie_beside_the_picture(tmp_path, mode):
 
 def test_masks_that_are_empty_absent_or_of_another_size(tmp_path):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a.jpg")
-    with pytest.warns(UserWarning, match="no picture has transparency or a NAME.mask.png"):
+    with pytest.warns(UserWarning, match="nothing is transparent, or black in a NAME.mask.png"):
         whole = textinv.prepare_images(tmp_path, 8, masked=True)
     assert torch.equal(whole[:, 3], torch.ones(1, 8, 8))
     Image.new("RGBA", (16, 8), (9, 9, 9, 0)).save(tmp_path / "b.png")
