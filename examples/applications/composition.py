@@ -4,12 +4,11 @@
 
 Objects in a learnt style, where weights say which of the two words gives way; and two objects in
 one picture, which the paper finds hard "because our training considers only single concept scenes".
-The bundled model was trained on such scenes only: it merges its own words, too (last row).
 Uncurated.
 """
 
 import repository  # noqa: F401
-from common import Workspace, make_parser, sheet
+from common import CONCEPTS, Workspace, make_parser, sheet
 from style import SETUPS
 
 # Each prompt with its style word, if any, and the setup in which that is learnt.
@@ -18,7 +17,8 @@ PROMPTS = {
     "a painting of a <cupcake> in the style of <blueprint>": {"blueprint": "style templates"},
     "a <blueprint> of a <cupcake>": {"blueprint": "two vectors"},
     "a [[<blueprint>]] of a (<cupcake>:1.4)": {"blueprint": "two vectors"},
-    "a photo of a <cupcake> with a <mushroom>": {},
+    "a photo of a <mushroom> and a <cupcake>": {},
+    "a photo of a <giraffe> and a <fire-engine>": {},
     "a photo of a <mushroom> and a <teddy>": {},
     "a photo of a cat and a dog": {},
 }
@@ -29,7 +29,7 @@ def main(argv=None) -> None:
     workspace, rows = Workspace.open(args), {}
     for prompt, styles in list(PROMPTS.items())[: 1 if args.quick else None]:
         words = [workspace.word(name, setup, **SETUPS[setup][1]) for name, setup in styles.items()]
-        objects = [name for name in ("mushroom", "cupcake", "teddy") if f"<{name}>" in prompt]
+        objects = [name for name in CONCEPTS if f"<{name}>" in prompt and name not in styles]
         rows[prompt] = workspace.draw(prompt, words + [workspace.word(name) for name in objects])
     workspace.save("composition.png", sheet(rows))
 

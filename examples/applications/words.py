@@ -20,7 +20,7 @@ PROMPTS = (
     "a sketch of a {}",
     "pixel art of a {} in the snow",
 )
-BEST = ("mushroom", "fire-engine", "giraffe", "hotdog", "cupcake")  # this small model's best
+BEST = ("mushroom", "fire-engine", "giraffe", "icecream", "cupcake")  # this small model's best
 THINGS = ("castle", "rocket", "apple", "cat", "trumpet", "key")
 STYLED = [f"a {{}} of a {thing}" for thing in THINGS]
 

@@ -1,9 +1,9 @@
 """Scenes for a denser space of words: private words, two things, endlessly many styles.
 
-The bundled model knows 159 names, and new words have to be found between them. Here captions can
-use a private word in place of a name, which stands for one drawing by one vendor, with its colours
-turned or not, or in place of a style. A word encoder (train_emoji.py) looks at that drawing, or at
-another picture in that style, and returns the word's vector.
+The captions of emoji_data.py have 159 names, and new words have to be found between them. Here
+captions can use a private word in place of a name, which stands for one drawing by one vendor, with
+its colours turned or not, or in place of a style. A word encoder (train_emoji.py) looks at that
+drawing, or at another picture in that style, and returns the word's vector.
 """
 
 import random
@@ -36,7 +36,7 @@ from emoji_data import (
 )
 from torch import Tensor
 
-PRIVATE_SHARE, PAIR_SHARE, STYLE_SHARE = 0.3, 0.15, 0.1  # of things, of scenes, of scenes
+PRIVATE_SHARE, PAIR_SHARE, STYLE_SHARE = 0.4, 0.15, 0.1  # of things, of scenes, of scenes
 # Private words, in place of a name of the first and the second thing, and of a style.
 PRIVATE = ("private0", "private1", "private2")
 

@@ -157,6 +157,21 @@ def test_bundled():
     assert scorer.images(pictures(1, (64, 64))).shape == (1, len(cat))
 
 
+@pytest.mark.parametrize(
+    "prompt",
+    ["a photo of a cat at a party", "portrait of a cat, highly detailed", "a cat and a dog"],
+)
+def test_the_bundled_model_draws_the_things_that_it_knows_beside_words_that_it_does_not(prompt):
+    """Unknown words are spelt in letters, which were never trained."""
+    model, scorer = textinv.load_model(device="cpu"), Scorer.load()
+    pictures = scorer.images(textinv.sample(model, prompt, n=4))
+    things = "cat dog bear apple rocket castle tree key car star heart pumpkin".split()
+    similarity = pictures @ scorer.texts([f"a photo of a {thing}" for thing in things]).T
+    drawn = [thing for thing in things if f" {thing}" in prompt]
+    best = similarity.mean(0).topk(len(drawn)).indices.tolist()
+    assert sorted(things[i] for i in best) == sorted(drawn)
+
+
 def test_a_vocabulary_of_another_size():
     with pytest.raises(ValueError, match="256 tokens") as caught:
         Scorer.load(TINY / "openai-state-dict.safetensors")
