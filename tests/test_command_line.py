@@ -574,7 +574,7 @@ def test_an_unknown_option_is_named(capsys):
         ),
         (
             ["invert", MUSHROOM, "--init-word", "a", "--progressive", "--vectors", "2"],
-            "needs 3 vectors and stop never, not 2 and never",
+            "needs 3 vectors and no early stopping",
         ),
         (["invert", MUSHROOM, "--init-word", "a", "--templates", ""], "textinv: '': "),
         (["sample", "a", "--rename", "a.pt"], "write OLD=NEW"),
