@@ -44,7 +44,7 @@ def check_export(base: str | None, out: Path) -> None:
         target = out.with_name(name)
         if target.exists():
             raise ValueError(f"{target} exists; choose another name for --export")
-        free_target(target, overwrite=False)
+        free_target(target, overwrite=True)  # raises if nothing can be written there
 
 
 def export(base: str | None, difference: Path, out: Path) -> None:

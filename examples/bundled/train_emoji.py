@@ -478,7 +478,7 @@ def export(scenes: Scenes, work: Path, minutes: float, recipe: Recipe) -> None:
     table[spare] = table[tokens.index("a")].clone()
     half = {k: v.half().contiguous() for k, v in weights.items()}
     save_file(half, target / "model.safetensors")
-    (target / "vocab.txt").write_text("".join(f"{w}\n" for w in vocabulary()))
+    (target / "vocab.txt").write_text("".join(f"{token}\n" for token in tokens))
     settings = dict(name="emoji", size=64, norm_groups=[GROUPS, AUTOENCODER_GROUPS])
     settings |= dict(heads=HEADS, prediction=PREDICTION)
     settings["defaults"] = dict(steps=600, batch_size=8, lr=0.0025, guidance_scale=3.0)

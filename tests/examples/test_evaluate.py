@@ -161,8 +161,8 @@ def test_bundled():
     "prompt",
     ["a photo of a cat at a party", "portrait of a cat, highly detailed", "a cat and a dog"],
 )
-def test_the_bundled_model_draws_the_things_that_it_knows_beside_words_that_it_does_not(prompt):
-    """Unknown words are spelt in letters, which were never trained."""
+def test_the_bundled_model_draws_the_things_of_a_prompt(prompt):
+    """Two at once, and beside unknown words, which are spelt in letters that it never read."""
     model, scorer = textinv.load_model(device="cpu"), Scorer.load()
     pictures = scorer.images(textinv.sample(model, prompt, n=4))
     things = "cat dog bear apple rocket castle tree key car star heart pumpkin".split()
