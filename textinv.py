@@ -267,8 +267,7 @@ def training(model, state: State, loss_of, batch_size, progressive, stop, on_gra
         word.metadata["steps"] = str(step)  # first: by it `Run.follow` knows a step that broke
         state.optimizer.step()
         if (norm := word.vectors.detach().norm(dim=1).max().item()) > far:
-            said = f"step {step}: the word's norm is {norm:,.0f}, far from all words of the model"
-            warnings.warn(f"{said}; it is useless in prompts, so start over with a lower lr")
+            warnings.warn(f"step {step}: norm {norm:,.0f} is too large; start over with a lower lr")
             far = math.inf  # warn only once
         state = replace(state, step=step, loss=loss, concept=words[0], fixed_loss=None)
         if stop == "auto" and step % STOP_EVERY == 0:
@@ -438,7 +437,6 @@ def sample(
     """
     prompts = [prompts] if isinstance(prompts, str) else prompts
     run, steps, _ = check_sampling(sampler, steps, n, eta, seed)
-    check_range(1, batch_size=batch_size)
     scale, device = guidance_of(model, guidance_scale), model.device
     size = model.size if size is None else size
     shape = model.latent_shape((size, size) if isinstance(size, int) else size)
@@ -599,6 +597,8 @@ def run_sample(args: argparse.Namespace) -> None:
     guidance_of(None, args.guidance)  # raises for NaN and infinity
     if not (prompts := args.texts + args.prompts):
         raise ValueError("no prompt given; give PROMPT in quotes, or --prompts FILE")
+    if files := [t for t in prompts if re.fullmatch(r"[^\s:]+\.(safetensors|pt|bin|png)", t)]:
+        raise ValueError(f"{files[0]} is no prompt; give --concept before the file of each word")
     count = args.n * len(prompts) if args.singles else 0
     singles = [free_target(Path(args.singles, f"{i:04}.png"), args.overwrite) for i in range(count)]
     concepts, model = words_for(args, [*prompts, args.negative]), load_for(args)
@@ -647,8 +647,7 @@ def run_show(args: argparse.Namespace) -> None:
     if not (args.word_file or args.prompt or args.model):
         raise ValueError("nothing to show; give --word FILE, --model PATH or --prompt TEXT")
     args.concept = [*args.concept, *filter(None, [args.word_file])]
-    words = words_for(args, [args.prompt] if args.prompt else [])
-    model = load_for(args)
+    words, model = words_for(args, [args.prompt] if args.prompt else []), load_for(args)
     if args.prompt:
         show_prompt(args.prompt, words, model)
     elif args.word_file:

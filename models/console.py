@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
 
+from tqdm import tqdm
+
 from .files import Output, out_of_memory
 
 
@@ -32,7 +34,7 @@ def exit_status(parser: argparse.ArgumentParser, argv: Sequence[str] | None = No
     """Run what the arguments ask for; return 0, or 2 with one line on standard error for a user's
     mistake, or 130 after Ctrl-C. Warnings become notes, each printed once."""
     with redirect_stdout(Output(sys.stdout)), redirect_stderr(Output(sys.stderr)):
-        say = cache(lambda text: print(f"note: {text}", file=sys.stderr))
+        say = cache(lambda text: tqdm.write(f"note: {text}", file=sys.stderr))
         warnings.showwarning = lambda message, *_: say(str(message))
         try:
             args = parser.parse_args(argv)

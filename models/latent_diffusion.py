@@ -89,11 +89,12 @@ class LatentDiffusion:
         learnt = F.embedding(new.clamp(min=0), vectors)
         return torch.where(new[..., None] >= 0, learnt, frozen)  # (B, L, D)
 
-    def encode_text(self, prompts: Sequence[str], concepts: Sequence[Concept] = ()) -> Context:
-        """Return the context (B, L, D), float32, of prompts with placeholders; for SDXL a
+    def encode_text(self, prompts: str | list[str], concepts: Sequence[Concept] = ()) -> Context:
+        """Return the context (B, L, D), float32, of B prompts with placeholders; for SDXL a
         `Conditioning`. It is differentiable in the concepts' vectors. Prompts are cut off after L
         tokens. Brackets are text; `encode_prompts` reads them as weights."""
         placeholders = self.placeholders(concepts)
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         rows = [self.tokenizer.token_ids(prompt, placeholders) for prompt in prompts]
         return self.encode_ids(rows, concepts)
 

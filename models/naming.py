@@ -48,14 +48,13 @@ AUTOENCODER_NAMES |= dict(conv_norm_out="norm_out", group_norm="norm", to_q="q",
 # The names of diffusers before 0.15, which published Stable Diffusion folders have.
 AUTOENCODER_NAMES |= dict(query="q", key="k", value="v", proj_attn="proj_out")
 # open_clip's and OpenAI's names to those of `transformers`
-CLIP_NAMES = {"visual.proj": "visual_projection.weight"}
+CLIP_NAMES = {"visual.proj": "visual_projection.weight", "ln_pre": "pre_layrnorm"}
 CLIP_NAMES |= dict(text_projection="text_projection.weight", conv1="embeddings.patch_embedding")
 CLIP_NAMES |= dict(positional_embedding="embeddings.position_embedding.weight")
 CLIP_NAMES |= {f"{k}_embedding": f"embeddings.{k}_embedding" for k in ("token", "class")}
 CLIP_NAMES |= dict(visual="vision_model", transformer="encoder", resblocks="layers")
-CLIP_NAMES |= dict(attn="self_attn", c_fc="fc1", c_proj="fc2")
+CLIP_NAMES |= dict(attn="self_attn", c_fc="fc1", c_proj="fc2", ln_post="post_layernorm")
 CLIP_NAMES |= dict(ln_1="layer_norm1", ln_2="layer_norm2", ln_final="final_layer_norm")
-CLIP_NAMES |= dict(ln_pre="pre_layrnorm", ln_post="post_layernorm")
 OPEN_CLIP_LAYERS = {1024: 24, 1280: 32}  # by width: ViT-H and ViT-bigG
 
 

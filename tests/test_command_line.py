@@ -658,10 +658,21 @@ def test_a_norm_far_from_the_tables_is_said_once(tmp_path, capsys):
     for lr in ("100", "3"):
         out = ["--out", str(tmp_path / f"{lr}.pt")]
         assert textinv.main([*learn, "--lr", lr, *out]) == 0
-        assert capsys.readouterr().err.count("start over with a lower lr") == 1
+        lines = re.split("[\r\n]+", capsys.readouterr().err)
+        notes = [line for line in lines if "start over with a lower lr" in line]
+        assert len(notes) == 1 and notes[0].startswith("note: ")  # not beside the progress bar
     assert textinv.main([*learn, "--out", str(tmp_path / "b.pt")]) == 0
     said = capsys.readouterr().err
     assert "lower lr" not in said and "photograph" not in said
+
+
+def test_a_file_is_no_prompt(tmp_path, capsys):
+    word, out = str(tmp_path / "kat.pt"), ["--out", str(tmp_path / "grid.png")]
+    textinv.Concept("kat", torch.zeros(1, 192)).save(word)
+    assert textinv.main(["sample", "--concept", word, word, "an apple", *out]) == 2
+    assert f"{word} is no prompt; give --concept before" in capsys.readouterr().err
+    few = ["--concept", word, "--steps", "1", "-n", "1"]
+    assert textinv.main(["sample", "an apple", "embedding:kat.pt", *few, *out]) == 0
 
 
 def test_photographs_and_the_bundled_model(tmp_path, capsys):

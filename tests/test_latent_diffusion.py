@@ -181,6 +181,7 @@ def test_plain_prompts_are_encoded_as_ever():
     model = textinv.load_model()
     prompts = ["a photo of a cat", "a sketch of a dog on the beach"]
     assert torch.equal(model.encode_prompts(prompts), model.encode_text(prompts))
+    assert torch.equal(model.encode_text(prompts[0]), model.encode_text(prompts[:1]))
 
 
 def test_ldm_weighs_without_restoring_a_mean_that_is_zero():
