@@ -6,6 +6,7 @@ with and without `masked`.
 Printed for each set and run: `leak`, the share of the samples' outermost pixels that are within 0.1
 (of 1, in each channel) of a training background, by what the prompt asks for; the similarity of
 samples to prompts that ask for another background; and to the thing alone, cut out by the masks.
+masks.png shows four samples of the first plain prompt, and four on the beach.
 """
 
 from itertools import product
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import repository  # noqa: F401
-from common import CONCEPTS, Workspace, cut_sheet, make_parser
+from common import CONCEPTS, Workspace, cut_sheet, make_parser, sheet
 from evaluate import editability, reconstruction
 from PIL import Image, ImageChops
 
@@ -56,7 +57,7 @@ def main(argv=None) -> None:
     parser.add_argument("--seeds", type=int, default=2)
     args = parser.parse_args(argv)
     workspace = Workspace.open(args)
-    scorer = workspace.scorer
+    scorer, rows = workspace.scorer, {}
     print("| set | masked | seed | leak, plain | leak, others | editability | the thing |")
     for name in args.sets:
         folder = workspace.out / "masks" / name
@@ -69,19 +70,22 @@ def main(argv=None) -> None:
             setup = f"one background {'masked ' * masked}{seed}"
             given = dict(images=folder, masked=masked, seed=seed, init_word=CONCEPTS[name])
             word = workspace.word(name, setup, placeholder=f"<{name}>", **given)
-            leaks, similar = [], []
+            leaks, similar, shown = [], [], []
             for prompts in (PLAIN, OTHER):
                 texts = [prompt.format(word.placeholder) for prompt in prompts]
                 drawn = workspace.draw(texts, [word])
                 away = np.stack([edge(picture)[:, None] - colours for picture in drawn])
                 leaks.append((np.abs(away).max(-1).min(-1) < 0.1).mean())
                 similar.append(scorer.images(drawn))
+                shown += drawn[: min(4, args.n)]
             features = similar[1].split(args.n)
             wanted = [scorer.texts([p.replace("{}", CONCEPTS[name])]) for p in OTHER]
             edits = np.mean([editability(f, w) for f, w in zip(features, wanted)])
             figures = [*leaks, edits, reconstruction(similar[0], things)]
             row = " | ".join(f"{figure:.3f}" for figure in figures)
             print(f"| {name} | {masked} | {seed} | {row} |", flush=True)
+            rows[f"{name}{', masked' * masked}, seed {seed}"] = shown
+    workspace.save("masks.png", sheet(rows))
 
 
 if __name__ == "__main__":
