@@ -274,7 +274,7 @@ def read_checkpoint(path: Path, family: str | None, vae: str | Path | None):
     if vae is None and not parts["autoencoder"]:
         beside = [path.with_name(f"{path.stem}.vae.{e}") for e in ("safetensors", "pt", "ckpt")]
         if (vae := first_of(*beside)) is None:
-            raise CheckpointError(f"no autoencoder; give it with --vae, or as {beside[0].name}")
+            raise CheckpointError(f"no autoencoder; give it by --vae PATH, or as {beside[0].name}")
         warnings.warn(f"{path} has no autoencoder; {vae.name} beside it is used")
     if vae is not None:
         parts["autoencoder"], settings = read_autoencoder(find(vae, "vae"))
