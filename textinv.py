@@ -267,7 +267,7 @@ def training(model, state: State, loss_of, batch_size, progressive, stop, on_gra
         word.metadata["steps"] = str(step)  # first: by it `Run.follow` knows a step that broke
         state.optimizer.step()
         if (norm := word.vectors.detach().norm(dim=1).max().item()) > far:
-            warnings.warn(f"step {step}: norm {norm:,.0f} is too large; start over with a lower lr")
+            warnings.warn(f"the word's norm, {norm:,.0f}, is too large; start over with a lower lr")
             far = math.inf  # warn only once
         state = replace(state, step=step, loss=loss, concept=words[0], fixed_loss=None)
         if stop == "auto" and step % STOP_EVERY == 0:
@@ -387,7 +387,7 @@ def invert(
 # -------------------------------------------------------------------------------------- sampling
 
 
-def check_sampling(sampler, steps, n, eta, seed) -> tuple[Callable, int, str]:
+def check_sampling(sampler, steps, n, eta, seed, batch_size=1) -> tuple[Callable, int, str]:
     """Check the numbers; return the sampler's function, steps and name in other programs."""
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler {sampler!r} is not known; use {', '.join(SAMPLERS)}")
@@ -397,7 +397,7 @@ def check_sampling(sampler, steps, n, eta, seed) -> tuple[Callable, int, str]:
         raise ValueError(f"steps {steps} is out of range; use 1 to 1000")
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}; it goes from 0 (no noise) to 1 (as noisy as DDPM)")
-    check_range(1, n=n)
+    check_range(1, n=n, batch_size=batch_size)
     check_range(0, seed=seed)
     return run, steps, title
 
@@ -436,7 +436,7 @@ def sample(
     batch. Raises ValueError for numbers out of range, and for words of another model's width.
     """
     prompts = [prompts] if isinstance(prompts, str) else prompts
-    run, steps, _ = check_sampling(sampler, steps, n, eta, seed)
+    run, steps, _ = check_sampling(sampler, steps, n, eta, seed, batch_size)
     scale, device = guidance_of(model, guidance_scale), model.device
     size = model.size if size is None else size
     shape = model.latent_shape((size, size) if isinstance(size, int) else size)

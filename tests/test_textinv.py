@@ -277,6 +277,12 @@ def test_unusable_numbers_are_refused(model, option):
         textinv.invert(model, MUSHROOM, "plant", **option)
 
 
+@pytest.mark.parametrize("option", [dict(n=0), dict(batch_size=-1), dict(eta=2), dict(seed=-1)])
+def test_unusable_numbers_are_not_sampled(model, option):
+    with pytest.raises(ValueError, match=next(iter(option))):
+        textinv.sample(model, "a cat", **option)
+
+
 @pytest.mark.parametrize("sampler, eta", (("dpm++", 0), ("dpm++", 1), ("ddim", 0), ("ddim", 1)))
 def test_a_picture_depends_on_its_own_seed_only(model, sampler, eta):
     given = dict(sampler=sampler, eta=eta, steps=3)
