@@ -25,7 +25,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -80,7 +79,7 @@ PHOTOS = """
     a {}, a photo of the nice {}, a photo of the small {}, a photo of the weird {}, a photo of the
     large {}, a photo of a cool {}, a photo of a small {}
 """
-# For styles the paper's code says "painting" instead of "photo", and ends in "in the style of {}".
+# For styles the paper's code says "painting", adds "in the style of {}", and lists two twice.
 PAINTINGS = """
     a painting, a rendering, a cropped painting, the painting, a clean painting, a dirty painting,
     a dark painting, a picture, a cool painting, a close-up painting, a bright painting, a good
@@ -182,11 +181,11 @@ def train(
     each step, or one such list per picture. flip: also learn from mirrored pictures. masked: weigh
     the loss by alpha or NAME.mask.png (white counts); each picture's weights have mean 1, so a
     small thing counts as much as a large one. weight_decay: pulls v* towards 0; the paper's code
-    has 0.01. stop: "auto" stops once training has converged, with the best vectors; every tenth
-    step also runs at least eight more pictures. gradient_checkpointing: less memory, slower.
+    has 0.01. stop: "auto" stops once training has converged, with the best vectors; to see this,
+    every tenth step runs at least eight more pictures. gradient_checkpointing: less memory, slower.
 
     The setups of section 5.2. regularize: weight of the squared distance of each vector from where
-    it started (in the paper's code, products of two vectors' moves come on top). progressive, with
+    it started (the paper's code averages all products of two vectors' moves). progressive, with
     three vectors: the second joins after 2/5 of the steps, the third after 4/5; weight decay acts
     on all from the start. per_image: also learn a word for each picture, for what only that picture
     shows; its prompts end in "with" and that word.
@@ -196,7 +195,7 @@ def train(
     share, on_gradients: for examples/several_gpus.py. `share` selects the rows of each batch that
     this process computes; `on_gradients(loss, gradients)` adds up both over the processes.
 
-    Raises ValueError for unusable pictures, words or numbers, NotFinite before a step with NaN.
+    Raises ValueError for unusable pictures, words or numbers; NotFinite if a step gives NaN.
     """
     steps, batch_size, lr = hyperparameters(model, steps, batch_size, lr)
     check_setup(vectors, weight_decay, regularize, progressive, stop, seed)
@@ -256,15 +255,16 @@ def training(model, state: State, loss_of, batch_size, progressive, stop, on_gra
         if progressive:  # the second vector joins after 2/5 of the steps, the third after 4/5
             used = 1 + (step - 1) * 5 // (2 * state.steps)
             words[0] = replace(word, vectors=word.vectors[:used])
-        loss, penalty, parts = loss_of(step, words)
-        state.optimizer.zero_grad()
-        ((loss + penalty) * scale).backward()
+        with torch.enable_grad():  # notebooks often disable gradients at the top
+            loss, penalty, parts = loss_of(step, words)
+            state.optimizer.zero_grad()
+            ((loss + penalty) * scale).backward()
         gradients = [vectors.grad.div_(scale) for vectors in state.parameters]
         loss = loss.detach()
         if on_gradients:
             on_gradients(loss, gradients)
         check_finite(step, gradients, parts)
-        word.metadata["steps"] = str(step)  # first: by it `Run.follow` knows a step that broke
+        word.metadata["steps"] = str(step)  # before the vectors change: see `Run.follow`
         state.optimizer.step()
         if (norm := word.vectors.detach().norm(dim=1).max().item()) > far:
             warnings.warn(f"the word's norm, {norm:,.0f}, is too large; start over with a lower lr")
@@ -301,10 +301,10 @@ def check_finite(step: int, gradients: Sequence[Tensor], parts: Mapping[str, Ten
 
 
 def check_range(least: float, **numbers: float) -> None:
-    """Raise ValueError for a number below `least`, for NaN and for infinity."""
+    """Raise ValueError for a number below `least`, for NaN, and from 2^53 on."""
     for name, number in numbers.items():
         if not least <= number < 2**53:  # NaN is refused too
-            raise ValueError(f"{name} is {number}; it must be at least {least:g}, and finite")
+            raise ValueError(f"{name} is {number}; it must be at least {least:g}, and below 2^53")
 
 
 def check_setup(vectors, weight_decay, regularize, progressive, stop, seed) -> None:
@@ -425,6 +425,7 @@ def sample(
     seed: int = 0,
     size: int | tuple[int, int] | None = None,
     batch_size: int = 8,
+    progress: bool = False,
 ) -> list[Image.Image]:
     """Draw n pictures of each prompt; those of one prompt follow each other in the list.
 
@@ -445,14 +446,14 @@ def sample(
     images: list[Image.Image] = []
     for first in range(0, len(jobs), batch_size):
         rows, seeds = zip(*jobs[first : first + batch_size])
-        generators = [torch.Generator().manual_seed(s) for s in seeds]
+        generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
 
         def draw(generators=generators) -> Tensor:  # (B, C, h, w), each row from its own seed
             return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
-        guide = dict(context=context[list(rows)], uncond=uncond, guidance_scale=scale)
-        predict = partial(model.guided, **guide)
-        for latents in run(model.schedule, predict, draw(), steps, eta, draw):
+        predict = lambda x, t, rows=list(rows): model.guided(x, t, context[rows], uncond, scale)
+        taken = run(model.schedule, predict, draw(), steps, eta, draw)
+        for latents in tqdm(taken, total=steps, unit="step", leave=False, disable=not progress):
             pass
         images += to_pil(model.decode_latents(latents))
     return images
@@ -527,13 +528,13 @@ def learn(args: argparse.Namespace, run: Run, model: LatentDiffusion, pixels, op
         return 130
     if state.step < steps:
         print(f"converged after {state.step} of {steps} steps")
-    draw = ["sample", f"a photo of {placeholder}", "--concept", str(run.out)]
+    draw = [sys.argv[0], "sample", f"a photo of {placeholder}", "--concept", str(run.out)]
     if load_concept(run.out).placeholder != placeholder:  # a .pt names it after the file
         draw += ["--rename", f"{run.out.name}={placeholder}"]
     for name in ("model", "vae", "family", "prediction"):
         draw += [f"--{name}", vars(args)[name]] if vars(args)[name] else []
     draw += ["--clip-skip", str(args.clip_skip)] if args.clip_skip > 1 else []
-    print(f"wrote {run.out}; try: python textinv.py {shlex.join(draw)}")
+    print(f"wrote {run.out}; try: python {shlex.join(draw)}")
     return 0
 
 
@@ -553,7 +554,7 @@ def target_of(args: argparse.Namespace) -> tuple[Path, str]:
     name = Path(args.out).stem if args.out else name_of(args.images)
     out = Path(args.out or f"{shortened(name, 200)}.safetensors")
     default_format(out.suffix)  # raises if words are not written with this ending
-    free_target(out, overwrite=True)  # raises if nothing can be written there
+    out = free_target(out, overwrite=True)  # raises if nothing can be written there
     if Path(args.images).is_dir() and out.resolve().parent == Path(args.images).resolve():
         raise ValueError(f"{out} lies among the pictures; write it elsewhere: --out ../{out.name}")
     placeholder = named_after(name) if args.placeholder is None else args.placeholder
@@ -611,7 +612,7 @@ def run_sample(args: argparse.Namespace) -> None:
     print(f"drawing {len(prompts)} prompt(s) x {args.n}, {steps} steps of {title}, to {out}")
     images, seeds = [], [*range(args.seed, args.seed + args.n)] * len(prompts)
     for prompt in tqdm(prompts, unit="prompt", disable=len(prompts) == 1):
-        for image in sample(model, prompt, concepts, n=args.n, **settings):
+        for image in sample(model, prompt, concepts, n=args.n, progress=True, **settings):
             if singles:
                 text = {"prompt": prompt, "settings": info | dict(seed=seeds[len(images)])}
                 write_png(singles[len(images)], image, text, args.overwrite)
@@ -636,10 +637,10 @@ def run_convert(args: argparse.Namespace) -> None:
         concept = replace(concept, placeholder=args.placeholder)
     if args.picture and out.suffix.lower() != ".png":
         raise ValueError(f"--picture is for an OUT that is a .png file; {out} is not")
-    format = args.format or default_format(out.suffix)
-    concept.save(out, args.overwrite, format, open_image(args.picture) if args.picture else None)
+    picture = open_image(args.picture) if args.picture else None
+    concept.save(out, args.overwrite, args.format, picture)
     word = load_concept(out).placeholder  # in a .pt, the word is named after the file
-    print(f"wrote {out} ({format}): {word}, {tuple(concept.vectors.shape)}")
+    print(f"wrote {out}: {word}, {tuple(concept.vectors.shape)}")
 
 
 def run_show(args: argparse.Namespace) -> None:
@@ -680,7 +681,7 @@ def show_words(concepts: Sequence[Concept], model: LatentDiffusion) -> None:
         for key, value in concept.metadata.items():
             print(f"  {key}: {value:.200}")
         for vector in concept.vectors:
-            line = f"  norm {vector.norm():.3f} (words here: {low:.3f}, {middle:.3f}, {high:.3f})"
+            line = f"  norm {vector.norm():.3f} (here {low:.3f} to {high:.3f}, median {middle:.3f})"
             if width == table.shape[1]:
                 cosines, ids = F.cosine_similarity(vector[None], table).topk(5)
                 near = zip(map(model.token_text, ids.tolist()), cosines.tolist())

@@ -217,10 +217,9 @@ def find_device(name: str | torch.device | None) -> torch.device:
     here = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     name = name or next(kind for kind in here if here[kind])
     try:
-        torch.empty(0, device=name)
+        return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, ImportError):
         raise ValueError(f"no device {name}; use cpu, or cuda or mps if torch has them") from None
-    return torch.device(name)
 
 
 def best_dtype(device: torch.device) -> torch.dtype:
@@ -380,7 +379,7 @@ def load_tokenizer(family: str, text: Tensors, vocabulary: Path | None):
         return tokenizer, text | {key: text[key][:known]}
     if rows != known:
         found = f"its text encoder knows {rows} tokens, its vocabulary has {known}"
-        raise CheckpointError(f"{found}; put the vocab.txt it was trained with beside it")
+        raise CheckpointError(f"{found}; put the vocabulary it was trained with beside it")
     return tokenizer, text
 
 

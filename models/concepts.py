@@ -59,7 +59,7 @@ REFUSED = {  # pattern of a key in the file: what that file is
 clean = partial(re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]").sub, "?")
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class Concept:
     """A learnt word: its name in prompts (the placeholder), and its vectors (V, D), float32.
 
@@ -86,8 +86,8 @@ class Concept:
     ) -> None:
         """Write the word to a file, all or nothing.
 
-        format: one of `FORMATS`, by default diffusers' for .safetensors, A1111's for .pt and .png.
-        picture: for a .png, where to put the word. Raises ValueError if it cannot be written.
+        format: one of `FORMATS`, by default diffusers' for .safetensors, A1111's for .pt and .png;
+        SDXL's words have only one. picture: for a .png, where to put the word. Raises ValueError.
         """
         files.write_file(path, encode_concept(self, format, Path(path).suffix, picture), overwrite)
 
@@ -125,11 +125,11 @@ def load_concepts(path: str | Path) -> list[Concept]:
         return [Concept(name, v, dict(metadata)) for name, v in join_numbered(words).items()]
 
 
-def words_in(files: Sequence[str], renames: Sequence[str]) -> list[Concept]:
-    """Return the words of the files, with the names that --rename OLD=NEW gives them."""
+def words_in(paths: Sequence[str], renames: Sequence[str]) -> list[Concept]:
+    """Return the words of the files `paths`, with the names that --rename OLD=NEW gives them."""
     new_names = dict(nfc(entry).rpartition("=")[::2] for entry in renames)
     concepts, known = [], set()
-    for path in files:
+    for path in paths:
         for concept in load_concepts(path):
             names = [nfc(s) for s in (str(path), Path(path).name, concept.placeholder)]
             name = next((new_names[old] for old in names if old in new_names), names[-1])
@@ -143,7 +143,7 @@ def words_in(files: Sequence[str], renames: Sequence[str]) -> list[Concept]:
 
 
 def word_file(path: Path) -> Path:
-    """Return the word file of a folder: the latest of diffusers' script, or the only; or a file."""
+    """Return the word file in a folder: diffusers' newest, else the only one; or the file."""
     if not path.is_dir():
         return path
     endings = (".safetensors", ".pt", ".bin", ".png")
@@ -249,7 +249,7 @@ def encode_concept(
     """Return the bytes of a word's file; arguments as in `Concept.save`. Raises ValueError.
 
     A .safetensors keeps all metadata and the placeholder; A1111's files keep "steps", "base_model"
-    and "base_model_hash". Other programs name the word in a .pt after the file.
+    and "base_model_hash", but not for SDXL. Other programs name the word in a .pt after the file.
     """
     content = content_of(concept, default_format(suffix, format))
     if suffix.lower() == ".safetensors":

@@ -204,7 +204,7 @@ def free_target(path: str | Path, overwrite: bool, ending: str = "") -> Path:
     """Check that `path` has this ending and can be written, before any work starts; return it."""
     if not str(path).lower().endswith(ending):
         raise ValueError(f"{str(path)!r} is not a {ending} file")
-    path = Path(path)
+    path = Path(path).expanduser()  # the shell leaves --out=~/cat.png as it is
     if len(os.fsencode(path.name)) > 255:
         raise ValueError(f"{path.name}: the name is too long; 255 bytes are possible")
     if path.exists() and not path.is_file():

@@ -35,9 +35,9 @@ class NotFinite(ValueError):
 
 def find_images(folder: str | Path) -> list[Path]:
     """Return the picture files of a folder, sorted, without masks (cat.mask.png beside cat.jpg).
-    Warns of other files. Raises ValueError if there is no picture, OSError if no such folder."""
+    Warns of other files that are not hidden. Raises ValueError if there is no picture."""
     folder = Path(folder)
-    files = [folder] if folder.is_file() else sorted(p for p in folder.iterdir() if p.is_file())
+    files = [folder] if folder.is_file() else sorted(p for p in folder.glob("[!.]*") if p.is_file())
     faults = {path: fault_of(path) for path in files}
     pictures = [path for path in files if not faults[path]]
     beside = {p.with_suffix(end) for p in pictures for end in (".txt", ".caption", ".mask.png")}
@@ -47,8 +47,9 @@ def find_images(folder: str | Path) -> list[Path]:
     if not pictures:
         inside = (p for p in islice(folder.rglob("*"), 10_000) if p.is_file() and not fault_of(p))
         below = ", ".join(sorted({str(path.parent) for path in inside})[:5])
-        there = f"but there are in {below}; give that folder" if below else "3-5 are wanted"
-        raise ValueError(f"{folder}: no pictures that can be read, {there}")
+        there = f"but there are in {below}; give that folder" if below else "give a folder with 3-5"
+        found = "no pictures that can be read" if folder.exists() else "no such folder"
+        raise ValueError(f"{folder}: {found}, {there}")
     return pictures
 
 
@@ -69,8 +70,8 @@ def opened(path: str | Path):
 
 def fault_of(path: Path) -> str | None:
     """Return why a file in a folder is not a training picture, or None."""
-    if re.search(r"^\.|\.(inputs|step-\d+|mask)\.png$", path.name, re.IGNORECASE):
-        return "hidden, written by a run, or a mask (NAME.mask.png) without its picture NAME.jpg"
+    if re.search(r"\.(inputs|step-\d+|mask)\.png$", path.name, re.IGNORECASE):
+        return "written by a run, or a mask (NAME.mask.png) without its picture NAME.jpg"
     return content_fault(path)
 
 
@@ -133,9 +134,8 @@ def open_image(source: str | Path | Image.Image, background: str = "white") -> I
     if profile:
         image = in_srgb(image, profile, source)
     image = image.convert("RGB")
-    if alpha:
-        image = Image.composite(image, Image.new("RGB", image.size, background), alpha)
-    return image
+    ground = Image.new("RGB", image.size, background)
+    return Image.composite(image, ground, alpha) if alpha else image
 
 
 def in_srgb(image: Image.Image, profile: bytes, name) -> Image.Image:
@@ -199,11 +199,9 @@ def read_captions(path: str | Path, placeholder: str) -> list[str]:
 def warn_of_photographs(paths: Sequence[Path], bundled: bool) -> None:
     """Read all pictures. If the bundled model is to learn from them, warn of large ones and of ones
     with many colours. Raises ValueError for one that is not readable."""
-    found = False
-    for image in map(open_image, paths):
-        colours = ImageOps.fit(image, (64, 64)).getcolors(64 * 64)
-        found |= min(image.size) > 256 or len(colours) > 2600
-    if found and bundled:
+    colours = lambda image: len(ImageOps.fit(image, (64, 64)).getcolors(64 * 64))
+    found = [min(im.size) > 256 or colours(im) > 2600 for im in map(open_image, paths)]
+    if any(found) and bundled:
         warnings.warn("the bundled model knows only emoji; for photographs take --model sd15")
 
 

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.backends.cpu import get_cpu_capability
 
+SLOW = {"AVX2": (torch.bfloat16, torch.float16), "AVX512": (torch.float16,)}  # by processor
+
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
     """Return scaled dot-product attention (Vaswani et al. 2017, eq. 1), (B, Lq, heads * d), of
@@ -20,10 +22,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False)
 
 
 def widened(function: Callable, *tensors: Tensor | None, **options) -> Tensor:
-    """Return function(*tensors, **options), computed in float32 on processors with AVX2 but without
-    AVX-512, where PyTorch multiplies 16-bit floats a hundred times as slowly."""
+    """Return function(*tensors, **options), computed in float32 on processors where PyTorch
+    multiplies the tensors' own type a hundred times as slowly."""
     x = tensors[0]
-    if x.dtype == torch.float32 or not x.is_cpu or get_cpu_capability() != "AVX2":
+    if not x.is_cpu or x.dtype not in SLOW.get(get_cpu_capability(), ()):
         return function(*tensors, **options)
     wide = (part if part is None else part.float() for part in tensors)
     return function(*wide, **options).to(x.dtype)

@@ -79,7 +79,7 @@ def hub_cache() -> Path:
 
 
 def snapshot(path: Path) -> Path:
-    """Return the files of a folder models--x--y: refs/main, else the newest; others unchanged."""
+    """Return the snapshot in a folder models--x--y: refs/main's, else the newest; else the path."""
     main = path / "refs" / "main"
     name = main.read_text().strip() if main.is_file() else ""
     age = lambda folder: (folder.name == name, folder.stat().st_mtime)

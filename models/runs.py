@@ -38,7 +38,7 @@ from .files import checking, shortened, some, write_file, write_png, write_table
 # below STOP_SHARE times the variance of all. (Voronov et al.: every step, 310 values, 0.15.)
 STOP_EVERY, STOP_WINDOW, STOP_SHARE = 10, 10, 0.05
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
-ANEW = "start over with --overwrite"
+ANEW = "start over with --overwrite, without --resume"
 
 
 @dataclass
@@ -130,9 +130,9 @@ class Run:
                 return None  # killed before the first step
         there = [path for path in (self.out, *self.files()) if path.exists()]
         if there and not overwrite:
-            way = "its state is gone, so" if resume else "continue with --resume,"
+            way = "its state is gone, so use" if resume else "use --resume,"
             names = some(path.name for path in there)
-            raise ValueError(f"{names}: there already; {way} choose another --out, or {ANEW}")
+            raise ValueError(f"{names}: there already; {way} another --out, or --overwrite")
         return None
 
     def files(self) -> list[Path]:

@@ -131,7 +131,7 @@ class Schedule:
         return list(zip(times, times[1:] + [0]))
 
     def ddim_sample(self, predict: Callable, x: Tensor, steps: int, eta=0.0, draw=None) -> Iterator:
-        """Yield x (B, ...) after each step of DDIM, from noise to a clean x.
+        """Yield x (B, ...) after each step of DDIM, from noise to timestep 0, almost clean.
 
         predict(x_t, t (B,)) returns the model's prediction. eta is 0 to 1; above 0, each step calls
         draw() for noise like x. eta 1 is DDPM; Euler ancestral differs only in its timesteps.

@@ -180,11 +180,18 @@ def test_the_word_is_not_written_among_the_pictures(tmp_path, monkeypatch, capsy
     assert len(list((tmp_path / "m").iterdir())) == 5
 
 
+def to_try(capsys) -> list[str]:
+    """Return the arguments of the command that a run recommends; it calls this same program."""
+    program, *arguments = shlex.split(capsys.readouterr().out.rpartition("try: python ")[2])
+    assert program == sys.argv[0]
+    return arguments
+
+
 def test_a_finished_run_is_left_alone(tmp_path, capsys):
     out = tmp_path / "w.pt"
     learn = [*LEARN, "--steps", "2", "--preview-every", "0", "--out", str(out)]
     assert textinv.main(learn) == 0
-    command = shlex.split(capsys.readouterr().out.rpartition("try: python textinv.py ")[2])
+    command = to_try(capsys)
     assert command[-1] == "w.pt=<w>"  # A1111 calls the word of a .pt after its file
     draw = ["--device", "cpu", "--steps", "1", "-n", "1", "--out", str(tmp_path / "grid.png")]
     assert textinv.main([*command, *draw]) == 0
@@ -347,7 +354,7 @@ def test_the_command_to_try_next_works_as_it_stands(tmp_path, capsys, monkeypatc
     learn = ["invert", "my cat", "--init-word", "plant", "--model", model, "--device", "cpu"]
     learn += ["--prediction", "v"]
     assert textinv.main([*learn, "--steps", "1", "--batch-size", "1"]) == 0
-    command = shlex.split(capsys.readouterr().out.rpartition("try: python textinv.py ")[2])
+    command = to_try(capsys)
     assert command[-4:] == ["--model", model, "--prediction", "v"]
     assert textinv.main([*command, "--device", "cpu", "--steps", "1", "-n", "1"]) == 0
     assert Path("grid.png").exists()
@@ -583,6 +590,8 @@ def test_an_unknown_option_is_named(capsys):
         (["sample", "a", "--eta", "-1"], "eta is -1.0"),
         (["sample", "a", "-n", "0"], "n is 0"),
         (["sample", "a", "--seed", "-1"], "seed is -1"),
+        (["sample", "a", "--seed", "9" * 20], "and below 2^53"),
+        (["invert", "nowhere", "--init-word", "cat"], "nowhere: no such folder, give a folder"),
         (["sample", "a", "--guidance", "inf"], "guidance_scale is inf"),
         (["sample", "a", "--size", "0"], "is not a size"),
         (["sample", "a", "--clip-skip", "0"], "choose from 1, 2"),
@@ -596,8 +605,10 @@ def test_what_needs_no_model_is_refused_before_one_is_loaded(capsys, monkeypatch
 def test_what_would_be_lost_is_said_before_the_model_is_loaded(word, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(textinv, "load_model", None)
     learn = [*LEARN, "--out", word]
-    assert "continue with --resume" in mistake(capsys, *learn)
-    assert "seed 0, now it is 1" in mistake(capsys, *learn, "--resume", "--seed", "1")
+    assert "use --resume, another --out, or --overwrite" in mistake(capsys, *learn)
+    for overwrite in ([], ["--overwrite"]):
+        said = mistake(capsys, *learn, "--resume", "--seed", "1", *overwrite)
+        assert "seed 0, now it is 1" in said and "--overwrite, without --resume" in said
     for old, new in (("m.safetensors", "a b"), ("<m>", "a b")):
         draw = ["sample", "a", "--concept", word, "--rename", f"{old}={new}"]
         assert "has a space in it" in mistake(capsys, *draw)

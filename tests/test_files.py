@@ -337,6 +337,13 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert target.read_bytes() == b"old" and len(list(target.parent.iterdir())) == 1
 
 
+def test_a_tilde_is_the_users_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    write_file("~/a.txt", b"x")
+    assert (tmp_path / "a.txt").read_bytes() == b"x"
+
+
 def test_a_folder_that_is_a_file_and_a_target_that_is_a_folder_are_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="cannot be written"):

@@ -60,7 +60,7 @@ def test_folders_skip_what_is_no_picture_and_name_what_is_broken(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     with pytest.warns(UserWarning, match="skipped") as seen:
         assert [p.name for p in textinv.find_images(tmp_path)] == ["a.png"]
-    assert len(seen) == 2
+    assert len(seen) == 1  # hidden files are skipped without a note
     for name in ("a.inputs.png", "a.step-50.png", "a.mask.PNG", "gone.mask.png"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     with pytest.warns(UserWarning, match="written by a run, or a mask"):
@@ -71,6 +71,8 @@ def test_folders_skip_what_is_no_picture_and_name_what_is_broken(tmp_path):
     (tmp_path / "b.mask.png").write_bytes(b"no png")
     with pytest.raises(ValueError, match="b.mask.png: not readable as a picture"):
         textinv.prepare_images([tmp_path / "b.mask.png"], 8)
+    with pytest.raises(ValueError, match="no such folder"):
+        textinv.find_images(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="no pictures"):
         empty = tmp_path / "empty"
         empty.mkdir()

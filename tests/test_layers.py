@@ -42,9 +42,19 @@ def test_timestep_embedding():
     assert_close_std(out, torch.tensor(rows, dtype=torch.float64), 10 * EXACT)
 
 
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
-@pytest.mark.parametrize("capability, expected", (("AVX2", torch.float32), ("AVX512", None)))
-def test_sixteen_bits_on_an_old_processor(monkeypatch, dtype, capability, expected):
+@pytest.mark.parametrize(
+    "dtype, capability, expected",
+    (
+        (torch.bfloat16, "AVX2", torch.float32),
+        (torch.float16, "AVX2", torch.float32),
+        (torch.float16, "AVX512", torch.float32),
+        (torch.bfloat16, "AVX512", None),
+        (torch.float16, "DEFAULT", None),
+    ),
+)
+def test_sixteen_bits_where_the_processor_is_slow_with_them(
+    monkeypatch, dtype, capability, expected
+):
     """They are multiplied in float32 there, weights and results stay as they are, and so do the
     gradients; on other processors nothing is converted."""
     monkeypatch.setattr(layers, "get_cpu_capability", lambda: capability)

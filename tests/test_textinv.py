@@ -567,5 +567,27 @@ def test_invert_shows_its_progress_and_names_the_word_after_the_folder(model, ca
     assert capsys.readouterr().err == "" and word.placeholder == "<s>"
 
 
+def test_training_works_where_gradients_are_disabled(model):
+    given = dict(init_word="plant", steps=2, batch_size=1)
+    expected = textinv.invert(model, MUSHROOM, **given)
+    torch.set_grad_enabled(False)  # as at the top of many notebooks
+    try:
+        word = textinv.invert(model, MUSHROOM, **given)
+    finally:
+        torch.set_grad_enabled(True)
+    assert torch.equal(word.vectors, expected.vectors)
+
+
+def test_words_can_be_found_in_lists_and_sets():
+    one, two = (textinv.Concept("<a>", torch.ones(1, 2)) for _ in range(2))
+    assert one in [two, one] and one not in [two] and len({one, two}) == 2
+
+
+def test_sampling_shows_its_progress_if_asked(model, capsys):
+    for progress in (False, True):
+        textinv.sample(model, "a cat", steps=2, seed=np.int64(3), progress=progress)
+        assert ("step/s" in capsys.readouterr().err) == progress
+
+
 def test_a_word_prints_short():
     assert len(repr(textinv.Concept("<cat>", torch.zeros(3, 768), {"templates": "x" * 999}))) < 100
