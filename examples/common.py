@@ -7,8 +7,9 @@ there is not computed again, whatever the options say: take another --out for ot
 
 import argparse
 import json
+import sys
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,7 +89,9 @@ class Workspace:
     def word(self, name: str, setup: str = "ours", images=None, **options) -> textinv.Concept:
         """Return the word of the file `name`, or else the word <NAME> of a bundled set, learnt with
         a setup's options if it is not there yet."""
-        if Path(name).is_file():
+        if name not in CONCEPTS and "init_word" not in options:
+            if not Path(name).exists():
+                raise ValueError(f"{name}: no such file; bundled sets are {', '.join(CONCEPTS)}")
             return textinv.load_concept(name)
         path = self.path(setup, f"{name}.safetensors")
         if not path.exists():
@@ -122,6 +125,15 @@ class Workspace:
             measured = evaluate(self.model, self.scorer, images, texts, concepts, **self.sampling)
             write_file(path, json.dumps(list(measured), indent=1).encode())
         return [dict(setup=setup, name=name) | row for row in json.loads(path.read_text())]
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script; a user's mistake ends it with one line and status 2, as in textinv.py."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 # ---------------------------------------------------------------------------------------- pictures

@@ -73,10 +73,9 @@ def invert(args: argparse.Namespace, rank: int, world: int) -> int:
     out, placeholder = textinv.target_of(args)
     free_target(out, args.overwrite)
     textinv.check_range(1, save_every=args.save_every)
-    if not args.init_word:
-        raise ValueError("--init-word is missing: what the pictures show, in a word such as cat")
     images = find_images(args.images)
     templates = textinv.read_templates(args.templates, images, placeholder)
+    textinv.training_options(args, None, templates)  # raises for unusable numbers, before loading
     model = textinv.load_for(args)
     options = textinv.training_options(args, model, templates) | dict(placeholder=placeholder)
     if options["batch_size"] < world:

@@ -14,7 +14,7 @@ from pathlib import Path
 import repository  # noqa: F401
 import torch
 import torch.nn.functional as F
-from common import EXAMPLES, Workspace, make_parser, open_images, sheet
+from common import EXAMPLES, Workspace, make_parser, open_images, run_script, sheet
 
 SHOWN = 8
 
@@ -52,4 +52,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

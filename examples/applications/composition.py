@@ -8,7 +8,7 @@ Uncurated.
 """
 
 import repository  # noqa: F401
-from common import CONCEPTS, Workspace, make_parser, sheet
+from common import CONCEPTS, Workspace, make_parser, run_script, sheet
 from style import SETUPS
 
 # Each prompt with its style word, if any, and the setup in which that is learnt.
@@ -35,4 +35,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -9,7 +9,7 @@ does not know the learnt word, so it is asked for the prompt with the initial wo
 """
 
 import repository  # noqa: F401
-from common import Workspace, make_parser, sheet
+from common import Workspace, make_parser, run_script, sheet
 from evaluate import plain_text, rank
 from gallery import galleries
 
@@ -41,4 +41,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

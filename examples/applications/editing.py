@@ -8,7 +8,7 @@ row has no mask at all, and starts from more and more noise.
 """
 
 import repository  # noqa: F401
-from common import Workspace, concept_folder, make_parser, sheet
+from common import Workspace, concept_folder, make_parser, run_script, sheet
 from edit import edit, open_mask
 from PIL import Image, ImageDraw
 
@@ -50,4 +50,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

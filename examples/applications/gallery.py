@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Iterator
 
 import repository  # noqa: F401
-from common import OBJECTS, Workspace, make_parser, sheet
+from common import OBJECTS, Workspace, make_parser, run_script, sheet
 
 PROMPTS = ("a photo of {} on the moon", "an oil painting of {}", "pixel art of {} at night")
 
@@ -31,10 +31,12 @@ def main(argv=None) -> None:
     parser.add_argument("--concepts", nargs="+", default=OBJECTS[:4], help="sets, or words' files")
     parser.add_argument("--prompts", nargs="+", default=PROMPTS, help="with {} for the word")
     args = parser.parse_args(argv)
-    workspace = Workspace.open(args)
-    rows = {text: drawn for text, _, drawn in galleries(workspace, args)}
+    workspace, rows = Workspace.open(args), {}
+    for text, _, drawn in galleries(workspace, args):
+        number = f" ({len(rows) + 1})" if text in rows else ""  # two words of the same name
+        rows[text + number] = drawn
     workspace.save("gallery.png", sheet(rows))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -13,7 +13,7 @@ from functools import partial
 
 import repository  # noqa: F401
 import torch
-from common import Workspace, concept_folder, make_parser, sheet
+from common import Workspace, concept_folder, make_parser, run_script, sheet
 from tuning import training_batches, tune
 
 import textinv
@@ -84,4 +84,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

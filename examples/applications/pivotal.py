@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import repository  # noqa: F401
-from common import Workspace, concept_folder, make_parser, sheet
+from common import CONCEPTS, Workspace, concept_folder, make_parser, run_script, sheet
 from difference import add_difference, check_export, export, save_difference
 from torch import Tensor
 from tqdm import tqdm
@@ -50,6 +50,8 @@ def main(argv=None) -> None:
     parser.add_argument("--layers", default="attn", help="names of weights to tune; '' for all")
     parser.add_argument("--export", type=Path, metavar="FILE", help="also a whole checkpoint")
     args = parser.parse_args(argv)
+    if args.concept not in CONCEPTS and not args.images:
+        parser.error("--images is missing: the folder of pictures that the word was learnt from")
     if args.export:
         check_export(args.model, args.export)  # before an hour of tuning
     workspace = Workspace.open(args)
@@ -79,4 +81,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

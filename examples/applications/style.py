@@ -8,7 +8,7 @@ of {}") it has to hold both, and shows less of either.
 """
 
 import repository  # noqa: F401
-from common import Workspace, concept_folder, make_parser, open_images, sheet
+from common import Workspace, concept_folder, make_parser, open_images, run_script, sheet
 
 import textinv
 
@@ -42,4 +42,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -26,17 +26,9 @@ def training_batches(
     (B, C, h, w), timesteps (B,) and noise like z, the same for the same number. With `flip` each
     picture is seen plain and mirrored."""
     pixels = prepare_images(images, model.size)
-    views = torch.cat([pixels, pixels.flip(-1)]) if flip else pixels
-    mean, std = map(torch.cat, zip(*(model.encode_moments(view[None]) for view in views)))
-
-    def batch(step: int) -> Batch:
-        generator = torch.Generator().manual_seed(step)
-        rows = torch.randint(len(mean), (batch_size,), generator=generator)
-        z = mean[rows] + std[rows] * textinv.normal(mean[rows], generator)
-        t = torch.randint(model.schedule.length, (batch_size,), generator=generator)
-        return rows.tolist(), z, t, textinv.normal(z, generator)
-
-    return batch
+    mean, std, _ = textinv.training_set(model, pixels, flip)
+    seeded = torch.Generator().manual_seed
+    return lambda step: textinv.draw_batch(model, mean, std, batch_size, seeded(step))
 
 
 def tune(

@@ -7,7 +7,7 @@ row the noise is always the same; only the number in (<word>:number) changes.
 """
 
 import repository  # noqa: F401
-from common import Workspace, make_parser, sheet
+from common import Workspace, make_parser, run_script, sheet
 
 WEIGHTS = (0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6)
 PROMPTS = ("a sketch of a ({}:{})", "a photo of a ({}:{}) on fire")
@@ -27,4 +27,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -8,7 +8,7 @@ uncurated.
 """
 
 import repository  # noqa: F401
-from common import CONCEPTS, STYLES, Workspace, concept_folder, make_parser
+from common import CONCEPTS, STYLES, Workspace, concept_folder, make_parser, run_script
 
 from models.images import grid, prepare_images, to_pil
 
@@ -41,4 +41,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

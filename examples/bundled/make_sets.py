@@ -16,7 +16,7 @@ import argparse
 from pathlib import Path
 
 import repository  # noqa: F401
-from common import EXAMPLES
+from common import EXAMPLES, run_script
 from emoji_data import (
     HELD_OUT,
     SCENES,
@@ -78,4 +78,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -14,7 +14,7 @@ import repository  # noqa: F401
 import torch
 import torch.nn.functional as F
 from clip_guided import clip_guided
-from common import Workspace, concept_folder, make_parser, open_images, sheet
+from common import Workspace, concept_folder, make_parser, open_images, run_script, sheet
 from evaluate import without_placeholder
 from torch import Tensor
 
@@ -75,4 +75,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

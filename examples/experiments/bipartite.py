@@ -15,7 +15,7 @@ from pathlib import Path
 
 import repository  # noqa: F401
 import torch
-from common import Workspace, concept_folder, make_parser, sheet
+from common import Workspace, concept_folder, make_parser, run_script, sheet
 
 from models.images import find_images, prepare_images, to_pil
 
@@ -66,4 +66,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -13,7 +13,7 @@ import json
 
 import repository  # noqa: F401
 from chart import curves, write_chart
-from common import Workspace, cut_sheet, make_parser
+from common import Workspace, cut_sheet, make_parser, run_script
 from evaluate import editability, reconstruction, without_placeholder
 from lpips_fid import load_networks, network_measures
 from measures import cluster_diversity, frechet
@@ -82,4 +82,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

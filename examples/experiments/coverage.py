@@ -11,7 +11,7 @@ too small: "covered" is the safer of the two verdicts.
 """
 
 import repository  # noqa: F401
-from common import OBJECTS, STYLES, Workspace, concept_folder, make_parser, open_images
+from common import OBJECTS, STYLES, Workspace, concept_folder, make_parser, open_images, run_script
 from measures import closest, distances, welch
 
 from models.files import write_table
@@ -47,4 +47,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

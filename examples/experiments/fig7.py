@@ -10,7 +10,7 @@ The paper has 64 samples of 50 DDIM steps for each prompt (-n 64 --steps 50); he
 
 import repository  # noqa: F401
 from chart import tradeoff, write_chart
-from common import EXAMPLES, MORE, OBJECTS, Workspace, make_parser
+from common import EXAMPLES, MORE, OBJECTS, Workspace, make_parser, run_script
 from evaluate import read_captions
 from scores import print_differences, print_scores, summarize
 
@@ -58,4 +58,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import repository  # noqa: F401
-from common import CONCEPTS, Workspace, cut_sheet, make_parser, sheet
+from common import CONCEPTS, Workspace, cut_sheet, make_parser, run_script, sheet
 from evaluate import editability, reconstruction
 from PIL import Image, ImageChops
 
@@ -89,4 +89,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

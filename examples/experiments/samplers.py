@@ -10,7 +10,7 @@ from functools import partial
 
 import repository  # noqa: F401
 import torch
-from common import Workspace, make_parser
+from common import Workspace, make_parser, run_script
 
 import textinv
 from models.files import write_table
@@ -56,4 +56,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -9,7 +9,7 @@ confidence intervals.
 """
 
 import repository  # noqa: F401
-from common import CONCEPTS, OBJECTS, Workspace, make_parser
+from common import CONCEPTS, OBJECTS, Workspace, make_parser, run_script
 from scores import print_differences, print_scores
 
 import textinv
@@ -44,4 +44,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -13,7 +13,7 @@ import json
 
 import repository  # noqa: F401
 from chart import tradeoff, write_chart
-from common import Workspace, concept_folder, cut_sheet, make_parser, open_images
+from common import Workspace, concept_folder, cut_sheet, make_parser, open_images, run_script
 from evaluate import reconstruction
 from scores import print_scores, summarize
 
@@ -60,4 +60,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -87,8 +87,21 @@ def test_words_of_files_work_in_galleries(out, tmp_path):
     model = textinv.load_model()
     word = textinv.Concept("<own>", textinv.initial_vectors(model, "cat", 1))
     word.save(tmp_path / "own.safetensors")
-    run("gallery", tmp_path, "--concepts", tmp_path / "own.safetensors", "--prompts", "a {}")
-    assert (tmp_path / "gallery.png").exists() and not (tmp_path / "ours").exists()
+    own = str(tmp_path / "own.safetensors")
+    given = ["--steps", "2", "-n", "2", "--out", str(tmp_path), "--prompts", "a {}", "--concepts"]
+    heights = []
+    for files in ([own], [own, own]):  # words of the same name have a row each
+        importlib.import_module("gallery").main([*given, *files])
+        heights.append(Image.open(tmp_path / "gallery.png").height)
+    assert heights[1] > 2 * heights[0] and not (tmp_path / "ours").exists()
+
+
+def test_a_mistake_is_one_line(tmp_path):
+    script = ROOT / "examples" / "applications" / "gallery.py"
+    command = [sys.executable, str(script), "--quick", "--concepts", "gone.safetensors"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "gallery.py: gone.safetensors: no such file; bundled sets are mushroom" in done.stderr
 
 
 def test_inverted_noise_comes_back_better_with_more_steps():
