@@ -242,8 +242,8 @@ def load_model(
 
     path: a single file (.ckpt, .safetensors), a folder in the diffusers layout, a Hugging Face
     repository ("x/y") in the local cache, an address or a published name ("sd15", "sd21", "sdxl",
-    "ldm"), which are downloaded once, or None for the bundled model. device, dtype: by default the
-    best available; the text encoder is always float32. family (one of `FAMILIES`) and prediction
+    "ldm"), which are downloaded once, or None or "emoji", the bundled model. device, dtype: the
+    best by default; the text encoder is always float32. family (one of `FAMILIES`) and prediction
     ("eps", "v") override what the file says. clip_skip: 2 uses the text encoder's last layer but
     one, as some Stable Diffusion 1 fine-tunes were trained. vae: a file or folder with another
     autoencoder. The file stays mapped (files.py). Raises `CheckpointError`, a ValueError.
@@ -251,7 +251,7 @@ def load_model(
     if family not in (None, *FAMILIES):
         raise ValueError(f"family {family!r} is not known; use {', '.join(FAMILIES)}")
     device = find_device(device)
-    path = find(path, "model") if path is not None else BUNDLED
+    path = BUNDLED if path in (None, BUNDLED.name) else find(path, "model")
     with checking(path):
         parts, known = read_checkpoint(checkpoint_in(path), family, vae)
         known["prediction"] = prediction or known["prediction"]

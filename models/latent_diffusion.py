@@ -201,7 +201,7 @@ class LatentDiffusion:
             if (theirs := concept.vectors.shape[1]) != width:
                 base = concept.metadata.get("base_model") or WIDTHS.get(theirs, "unknown")
                 wide = f"{concept.placeholder} is {theirs} wide, words of this model {width} wide"
-                raise ValueError(f"{wide}; its model goes to --model: {base} (emoji: leave it out)")
+                raise ValueError(f"{wide}; its model goes to --model: {base}")
             self.warn_of_another_model(concept)
 
     def warn_of_another_model(self, concept: Concept) -> None:

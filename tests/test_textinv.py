@@ -578,6 +578,12 @@ def test_training_works_where_gradients_are_disabled(model):
     assert torch.equal(word.vectors, expected.vectors)
 
 
+def test_the_name_that_words_remember_loads_the_bundled_model(model):
+    word = textinv.invert(model, MUSHROOM, "plant", steps=1, batch_size=1)
+    again = textinv.load_model(word.metadata["base_model"], "cpu")
+    assert again.fingerprint == model.fingerprint
+
+
 def test_words_can_be_found_in_lists_and_sets():
     one, two = (textinv.Concept("<a>", torch.ones(1, 2)) for _ in range(2))
     assert one in [two, one] and one not in [two] and len({one, two}) == 2
