@@ -434,7 +434,7 @@ def sample(
     guidance_scale: 1 is none; by default 7.5, or the model's own. sampler: "dpm++" (14 steps by
     default) or the paper's "ddim" (50). eta: 0 is deterministic, 1 as noisy as DDPM. size: pixels,
     one number or (width, height). Picture i of a prompt starts from the noise of seed + i, in any
-    batch. Raises ValueError for numbers out of range, and for words of another model's width.
+    batch. progress: show a bar. Raises ValueError for numbers out of range, words of another width.
     """
     prompts = [prompts] if isinstance(prompts, str) else prompts
     run, steps, _ = check_sampling(sampler, steps, n, eta, seed, batch_size)
@@ -451,7 +451,7 @@ def sample(
         def draw(generators=generators) -> Tensor:  # (B, C, h, w), each row from its own seed
             return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
-        predict = lambda x, t, rows=list(rows): model.guided(x, t, context[rows], uncond, scale)
+        predict = lambda x, t, part=context[list(rows)]: model.guided(x, t, part, uncond, scale)
         taken = run(model.schedule, predict, draw(), steps, eta, draw)
         for latents in tqdm(taken, total=steps, unit="step", leave=False, disable=not progress):
             pass

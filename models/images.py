@@ -47,7 +47,8 @@ def find_images(folder: str | Path) -> list[Path]:
     if not pictures:
         inside = (p for p in islice(folder.rglob("*"), 10_000) if p.is_file() and not fault_of(p))
         below = ", ".join(sorted({str(path.parent) for path in inside})[:5])
-        there = f"but there are in {below}; give that folder" if below else "give a folder with 3-5"
+        there = f"but there are in {below}; give that folder"
+        there = there if below else "give a folder with 3-5 pictures"
         found = "no pictures that can be read" if folder.exists() else "no such folder"
         raise ValueError(f"{folder}: {found}, {there}")
     return pictures
@@ -131,11 +132,10 @@ def open_image(source: str | Path | Image.Image, background: str = "white") -> I
         image = image.convert("RGBA")
         alpha = image.getchannel("A")
     image = image.convert(plain)
-    if profile:
-        image = in_srgb(image, profile, source)
-    image = image.convert("RGB")
-    ground = Image.new("RGB", image.size, background)
-    return Image.composite(image, ground, alpha) if alpha else image
+    image = (in_srgb(image, profile, source) if profile else image).convert("RGB")
+    if alpha:
+        image = Image.composite(image, Image.new("RGB", image.size, background), alpha)
+    return image
 
 
 def in_srgb(image: Image.Image, profile: bytes, name) -> Image.Image:

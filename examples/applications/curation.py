@@ -29,9 +29,9 @@ def main(argv=None) -> None:
     if not 0 <= args.keep <= args.n:
         parser.error(f"--keep {args.keep} of -n {args.n} pictures; keep 1 to {args.n}")
     workspace, rows = Workspace.open(args), {}
-    for number, (text, word, drawn) in enumerate(galleries(workspace, args)):
+    for number, (label, text, word, drawn) in enumerate(galleries(workspace, args)):
         order = rank(workspace.scorer, drawn, plain_text(text, [word]))
-        rows[text] = [drawn[i] for i in order]
+        rows[label] = [drawn[i] for i in order]
         for place, seed in enumerate(order[: args.keep]):  # picture i is drawn with seed i
             settings = dict(seed=seed, steps=args.steps, model=workspace.model.name)
             path = workspace.path("curation", f"{number:02d}-{place + 1}.png")

@@ -18,12 +18,15 @@ PROMPTS = ("a photo of {} on the moon", "an oil painting of {}", "pixel art of {
 
 
 def galleries(workspace: Workspace, args: argparse.Namespace) -> Iterator[tuple]:
-    """Yield (prompt, word, pictures) for each word in each prompt."""
+    """Yield (label, prompt, word, pictures) for each word in each prompt. The label is the prompt,
+    with a number if an earlier word of the same name has it already."""
+    labels: list[str] = []
     for name in args.concepts[: 1 if args.quick else None]:
         word = workspace.word(name)
         for prompt in args.prompts:
             text = prompt.replace("{}", word.placeholder)
-            yield text, word, workspace.draw(text, [word])
+            labels.append(f"{text} ({len(labels) + 1})" if text in labels else text)
+            yield labels[-1], text, word, workspace.draw(text, [word])
 
 
 def main(argv=None) -> None:
@@ -31,10 +34,8 @@ def main(argv=None) -> None:
     parser.add_argument("--concepts", nargs="+", default=OBJECTS[:4], help="sets, or words' files")
     parser.add_argument("--prompts", nargs="+", default=PROMPTS, help="with {} for the word")
     args = parser.parse_args(argv)
-    workspace, rows = Workspace.open(args), {}
-    for text, _, drawn in galleries(workspace, args):
-        number = f" ({len(rows) + 1})" if text in rows else ""  # two words of the same name
-        rows[text + number] = drawn
+    workspace = Workspace.open(args)
+    rows = {label: drawn for label, *_, drawn in galleries(workspace, args)}
     workspace.save("gallery.png", sheet(rows))
 
 
