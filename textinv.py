@@ -776,7 +776,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         verb = verbs.add_parser(run.__name__.removeprefix("run_"), **shown)
         add_options(verb, names)
         verb.set_defaults(run=run)
-    return exit_status(parser, argv)
+    return exit_status(lambda: (args := parser.parse_args(argv)).run(args))
 
 
 if __name__ == "__main__":

@@ -128,12 +128,8 @@ class Workspace:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script; a user's mistake ends it with one line and status 2, as in textinv.py."""
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2)
+    """Run a script as textinv.py runs: a user's mistake ends it with one line and status 2."""
+    sys.exit(textinv.exit_status(main, Path(sys.argv[0]).name))
 
 
 # ---------------------------------------------------------------------------------------- pictures

@@ -207,7 +207,7 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--out", default="edited.png", metavar="FILE", help="a grid if n > 1")
     names = "concept rename negative steps guidance seed overwrite model " + textinv.LOADING
     textinv.add_options(p, names)
-    p.set_defaults(run=run, steps=50)
+    p.set_defaults(steps=50)
     return p
 
 
@@ -235,7 +235,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return textinv.exit_status(make_parser(), argv)
+    return textinv.exit_status(lambda: run(make_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

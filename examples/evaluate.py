@@ -268,7 +268,7 @@ def make_parser() -> textinv.Parser:
     p.add_argument("--out", default="scores.csv", metavar="FILE", help="table (scores.csv)")
     p.add_argument("--chart", metavar="FILE", help="draw figure 7 of it (needs matplotlib)")
     textinv.add_options(p, "seed overwrite steps guidance model " + textinv.LOADING)
-    p.set_defaults(run=run, steps=50)
+    p.set_defaults(steps=50)
     return p
 
 
@@ -346,7 +346,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return textinv.exit_status(make_parser(), argv)
+    return textinv.exit_status(lambda: run(make_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -148,8 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for verb, work, names in (("invert", invert, INVERT), ("sample", sample, SAMPLE)):
         p = verbs.add_parser(verb, help=work.__doc__.splitlines()[0])
         textinv.add_options(p, names + MODEL)
-        p.set_defaults(run=run, work=work)
-    return textinv.exit_status(parser, argv)
+        p.set_defaults(work=work)
+    return textinv.exit_status(lambda: run(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

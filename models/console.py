@@ -3,7 +3,7 @@
 import argparse
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
 
@@ -30,15 +30,14 @@ def picture_size(text: str) -> tuple[int, int]:
     return side(width), side(height)
 
 
-def exit_status(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> int:
-    """Run what the arguments ask for; return 0, or 2 with one line on standard error for a user's
-    mistake, or 130 after Ctrl-C. Warnings become notes, each printed once."""
+def exit_status(command: Callable[[], int | None], name: str = "textinv") -> int:
+    """Run a command; return its status, or 2 with one line on standard error for a user's mistake,
+    or 130 after Ctrl-C. Warnings become notes, each printed once. Lines begin with `name`."""
     with redirect_stdout(Output(sys.stdout)), redirect_stderr(Output(sys.stderr)):
         say = cache(lambda text: tqdm.write(f"note: {text}", file=sys.stderr))
         warnings.showwarning = lambda message, *_: say(str(message))
         try:
-            args = parser.parse_args(argv)
-            return args.run(args) or 0
+            return command() or 0
         except (ValueError, OSError) as error:
             reason = str(error)
         except (MemoryError, RuntimeError) as error:
@@ -47,7 +46,7 @@ def exit_status(parser: argparse.ArgumentParser, argv: Sequence[str] | None = No
             reason = "out of memory; what helps: --precision bf16, a smaller -n, --size or "
             reason += "--batch-size, --gradient-checkpointing, --preview-every 0, --device cpu"
         except KeyboardInterrupt:
-            print("textinv: stopped", file=sys.stderr)
+            print(f"{name}: stopped", file=sys.stderr)
             return 130
-        print(f"textinv: {' '.join(reason.split())}", file=sys.stderr)
+        print(f"{name}: {' '.join(reason.split())}", file=sys.stderr)
         return 2

@@ -104,6 +104,16 @@ def test_a_mistake_is_one_line(tmp_path):
     assert "gallery.py: gone.safetensors: no such file; bundled sets are mushroom" in done.stderr
 
 
+def test_ctrl_c_ends_a_script_with_one_line(capsys, monkeypatch):
+    def stopped():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["examples/applications/gallery.py"])
+    with pytest.raises(SystemExit) as done:
+        common.run_script(stopped)
+    assert done.value.code == 130 and capsys.readouterr().err == "gallery.py: stopped\n"
+
+
 def test_inverted_noise_comes_back_better_with_more_steps():
     """Appendix E: eta 0, one prompt, no guidance, there and back."""
     model = textinv.load_model()
