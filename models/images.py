@@ -212,7 +212,8 @@ def open_mask(source: str | Path | Image.Image, image: Image.Image) -> Image.Ima
     if beside and beside.exists():
         mask = open_image(beside, "black").convert("L")
         if mask.size != image.size:
-            raise ValueError(f"{beside} is {mask.size} pixels, its picture {image.size}; resize it")
+            own, other = (f"{i.width}x{i.height}" for i in (mask, image))
+            raise ValueError(f"{beside} has {own} pixels, its picture {other}; resize it")
         return mask
     shows = ImageChops.difference(image, open_image(source, "black"))  # where alpha is less than 1
     return ImageChops.invert(shows.convert("L"))

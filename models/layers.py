@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.backends.cpu import get_cpu_capability
 
-SLOW = {"AVX2": (torch.bfloat16, torch.float16), "AVX512": (torch.float16,)}  # by processor
+SLOW = {"AVX2": (torch.bfloat16, torch.float16), "AVX512": (torch.float16,)}  # by CPU capability
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
