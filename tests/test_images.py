@@ -109,9 +109,7 @@ def test_masks_that_are_empty_absent_or_of_another_size(tmp_path):
     with pytest.raises(ValueError, match="b.png: the mask is empty"):
         textinv.prepare_images(tmp_path, 8, masked=True)
     Image.new("L", (9, 8), 255).save(tmp_path / "a.mask.png")
-    with pytest.raises(
-        ValueError, match=r"a.mask.png has 9x8 pixels, its picture 8x8; resize it"
-    ):
+    with pytest.raises(ValueError, match=r"a.mask.png has 9x8 pixels, its picture 8x8; resize it"):
         textinv.prepare_images(tmp_path, 8, masked=True)
 
 
