@@ -18,6 +18,7 @@ from statistics import mean
 import repository  # noqa: F401
 from scores import confidence, summarize
 
+from models.console import exit_status
 from models.files import write_file
 
 
@@ -95,4 +96,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main, "chart.py"))

@@ -10,6 +10,7 @@ import argparse
 import random
 
 import repository  # noqa: F401
+from common import run_script
 from emoji_data import TRAINED, split_names
 from evaluate import Scorer
 
@@ -80,4 +81,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -116,8 +116,11 @@ def find_sprite(folder: Path, vendor: str, emoji: str) -> Path | None:
 
 
 def load_sprite(folder: Path, vendor: str, emoji: str) -> Tensor:
-    """One drawing as premultiplied RGBA (4, 64, 64) in [0, 1]."""
-    image = Image.open(find_sprite(folder, vendor, emoji)).convert("RGBA")
+    """One drawing as premultiplied RGBA (4, 64, 64) in [0, 1]. Raises ValueError if there is none."""
+    path = find_sprite(folder, vendor, emoji)
+    if path is None:
+        raise ValueError(f"{folder} has no {emoji} by {vendor}; see emoji_data.py for the drawings")
+    image = Image.open(path).convert("RGBA")
     if image.width > SIZE:  # the 3D set has wide margins
         image = image.crop((12, 12, 244, 244)).resize((SIZE, SIZE), Image.Resampling.BOX)
     rgba = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255

@@ -12,7 +12,9 @@ import argparse
 import json
 from pathlib import Path
 
+import repository  # noqa: F401
 import torch
+from common import run_script
 from emoji_data import (
     HELD_OUT,
     SCENES,
@@ -100,4 +102,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

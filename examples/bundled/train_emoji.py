@@ -28,27 +28,24 @@ bfloat16 is two to three times as fast as one that does not.
 import argparse
 import contextlib
 import json
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import repository
 import torch
 import torch.nn.functional as F
+from common import run_script
+from dense_data import PRIVATE, DenseScenes
+from emoji_data import Scenes, words
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from dense_data import PRIVATE, DenseScenes  # noqa: E402
-from emoji_data import Scenes, words  # noqa: E402
-
-from models.autoencoder import Autoencoder, AutoencoderConfig  # noqa: E402
-from models.bert import BertConfig, BertTextEncoder  # noqa: E402
-from models.checkpoint import load_model  # noqa: E402
-from models.clip import (  # noqa: E402
+from models.autoencoder import Autoencoder, AutoencoderConfig
+from models.bert import BertConfig, BertTextEncoder
+from models.checkpoint import load_model
+from models.clip import (
     CLIP,
     MEAN,
     STD,
@@ -56,9 +53,9 @@ from models.clip import (  # noqa: E402
     TextConfig,
     VisionConfig,
 )
-from models.schedule import Schedule  # noqa: E402
-from models.tokenizers import WordPieceTokenizer  # noqa: E402
-from models.unet import UNet, UNetConfig  # noqa: E402
+from models.schedule import Schedule
+from models.tokenizers import WordPieceTokenizer
+from models.unet import UNet, UNetConfig
 
 BATCH = 96  # scenes per step of the diffusion stage
 MAX_LENGTH = 24
@@ -461,7 +458,7 @@ def export(scenes: Scenes, work: Path, minutes: float, recipe: Recipe) -> None:
     Tokens that no caption has, from which other words are spelt, get the vector of "a": at random,
     they would be read like private words. (Not "-", which the templates' "close-up" has.)
     """
-    target = ROOT / "models" / "emoji"
+    target = repository.ROOT / "models" / "emoji"
     target.mkdir(exist_ok=True)
     ema = torch.load(work / "diffusion.pt", weights_only=True)["ema"]
     prefixes = {"text.": "cond_stage_model.", "unet.": "model.diffusion_model."}
@@ -525,4 +522,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

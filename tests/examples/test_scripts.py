@@ -96,12 +96,25 @@ def test_words_of_files_work_in_galleries(out, tmp_path):
     assert heights[1] > 2 * heights[0] and not (tmp_path / "ours").exists()
 
 
-def test_a_mistake_is_one_line(tmp_path):
-    script = ROOT / "examples" / "applications" / "gallery.py"
-    command = [sys.executable, str(script), "--quick", "--concepts", "gone.safetensors"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+@pytest.mark.parametrize(
+    "script, arguments, said",
+    (
+        (
+            "applications/gallery.py",
+            ["--quick", "--concepts", "gone.safetensors"],
+            "gallery.py: gone.safetensors: no such file; bundled sets are mushroom",
+        ),
+        ("bundled/train_emoji.py", ["gone", "work", "export"], "train_emoji.py: gone has no"),
+        ("bundled/make_concepts.py", ["gone"], "make_concepts.py: gone has no"),
+        ("bundled/check_emoji.py", ["--steps", "0"], "check_emoji.py: steps 0 is out of range"),
+        ("chart.py", ["gone.csv", "chart.png"], "chart.py: [Errno 2] No such file"),
+    ),
+)
+def test_a_mistake_is_one_line(tmp_path, script, arguments, said):
+    command = [sys.executable, str(ROOT / "examples" / script), *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "gallery.py: gone.safetensors: no such file; bundled sets are mushroom" in done.stderr
+    assert said in done.stderr
 
 
 def test_ctrl_c_ends_a_script_with_one_line(capsys, monkeypatch):
